@@ -1,0 +1,188 @@
+"""The small files of a bundle (configuration, tokenizer) onto local disk, where vLLM reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tensorserve import sources
+from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.secret import redact_uri
+from tensorserve.sources import Access, NotFoundError
+
+MANIFEST = "manifest.json"
+# Weights in any format: ours are streamed, others are not used.
+WEIGHT_SUFFIXES = (
+    ".tensors",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
+# Tried one by one where a source cannot list and the bundle has no manifest.
+KNOWN_NAMES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "tekken.json", "params.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "image_processor_config.json", "quantize_config.json", "quantization_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)  # fmt: skip
+MAX_FILE_BYTES = 512 * 1024**2
+MAX_TOTAL_BYTES = 2 * 1024**3
+
+
+def artifact_names(
+    bundle_uri: str, access: Access, *, remote_code: bool = False
+) -> dict[str, int | None]:
+    """The files to fetch, as {relative name: bytes, None where unknown}.
+
+    From the manifest if there is one, else from a listing, else the names that models use.
+    Python files only with `remote_code`: vLLM would run them.
+    """
+    listed: dict[str, int | None]
+    listing = sources.list_names(bundle_uri, access)
+    if listing is not None:
+        listed = dict(listing)
+    else:
+        manifest = read_manifest(bundle_uri, access)
+        listed = (
+            {entry["name"]: entry["size"] for entry in manifest["files"]}
+            if manifest
+            else dict.fromkeys(KNOWN_NAMES)
+        )
+    return {
+        name: size
+        for name, size in sorted(listed.items())
+        if not name.endswith(WEIGHT_SUFFIXES)
+        and name != MANIFEST
+        and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+        and (remote_code or not name.endswith(".py"))
+    }
+
+
+def read_manifest(bundle_uri: str, access: Access) -> dict[str, Any] | None:
+    """The bundle's manifest, or None where it has none. Raises CorruptError if it is not one."""
+    try:
+        source = sources.open_source(sources.join(bundle_uri, MANIFEST), access)
+    except NotFoundError:
+        return None
+    try:
+        if source.size > 64 * 1024**2:
+            raise CorruptError(f"{source.name} is {source.size} bytes, too large for a manifest.")
+        manifest = json.loads(source.read(0, source.size))
+        for entry in manifest["files"]:
+            if not isinstance(entry["name"], str) or not isinstance(entry["size"], int):
+                raise TypeError(f"bad entry {entry!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptError(
+            f"{source.name} is not a manifest: {error}.", hint="Pack the bundle again."
+        ) from error
+    finally:
+        source.close()
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def fetch_artifacts(
+    bundle_uri: str, access: Access, destination: Path, *, remote_code: bool = False
+) -> dict[str, int]:
+    """Put the small files of the bundle below `destination` (0700) and give {name: bytes}.
+
+    A file is complete or absent: it is written under another name first. Raises CorruptError if
+    there is no config.json or a name leaves the directory, ConfigurationError if the disk is full
+    or read-only, and the sources' errors.
+    """
+    names = artifact_names(bundle_uri, access, remote_code=remote_code)
+    _prepare(destination, sum(size or 0 for size in names.values()))
+    written: dict[str, int] = {}
+    for name in names:
+        target = resolve_below(destination, name)
+        try:
+            source = sources.open_source(sources.join(bundle_uri, name), access)
+        except NotFoundError:
+            if names[name] is None:
+                continue  # only a guess
+            raise
+        try:
+            total = sum(written.values()) + source.size
+            if source.size > MAX_FILE_BYTES or total > MAX_TOTAL_BYTES:
+                raise CorruptError(
+                    f"{source.name} is {source.size} bytes: too large for a tokenizer.",
+                    hint="Keep other files out of the bundle's directory.",
+                )
+            _write(target, source)
+            written[name] = source.size
+        finally:
+            source.close()
+    if "config.json" not in written and "params.json" not in written:
+        raise CorruptError(
+            f"The bundle has no config.json: {redact_uri(bundle_uri)}",
+            hint="vLLM needs the model's config.json (and its tokenizer) beside the .tensors file. "
+            "Pack the model with `tensorserve pack`, or copy them there.",
+        )
+    return written
+
+
+def resolve_below(root: Path, name: str) -> Path:
+    """`root/name`, if that lies below `root`. Raises CorruptError for others."""
+    pure = PurePosixPath(name)
+    bad = (
+        not name
+        or "\0" in name
+        or "\\" in name
+        or pure.is_absolute()
+        or any(part in {"..", "."} for part in name.split("/"))
+    )
+    if bad:
+        raise CorruptError(f"The bundle names a file outside its own directory: {name!r}.")
+    target = root.joinpath(*pure.parts)
+    if not target.parent.resolve().is_relative_to(root.resolve()):
+        raise CorruptError(f"The bundle's file {name!r} would be written through a link.")
+    return target
+
+
+def _prepare(destination: Path, needed: int) -> None:
+    try:
+        if destination.is_symlink():
+            raise ConfigurationError(f"{destination} is a link.", hint="Remove it.")
+        if destination.exists():
+            shutil.rmtree(destination)  # what an earlier start left
+        destination.mkdir(parents=True, mode=0o700)
+        free = shutil.disk_usage(destination).free
+    except OSError as error:
+        raise ConfigurationError(
+            f"{destination} cannot be written: {error.strerror}.",
+            hint="Mount a tmpfs there, or set TENSORSERVE_STATE_DIR to a writable directory.",
+        ) from error
+    if free < needed:
+        raise ConfigurationError(
+            f"{destination} has {free} bytes free, the bundle's small files need {needed}.",
+            hint="Give the tmpfs more room, or set TENSORSERVE_STATE_DIR to a larger disk.",
+        )
+
+
+def _write(target: Path, source: sources.Source) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with open(partial, "wb", opener=lambda p, f: os.open(p, f | os.O_NOFOLLOW, 0o600)) as file:
+            step = 4 * 1024**2
+            for offset in range(0, source.size, step):
+                file.write(source.read(offset, min(step, source.size - offset)))
+        partial.replace(target)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{target} could not be written: {error.strerror}.",
+            hint="Is the disk full or read-only? Set TENSORSERVE_STATE_DIR to another one.",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

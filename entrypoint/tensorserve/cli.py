@@ -1,0 +1,271 @@
+"""The commands. The only module that prints for the user and ends the process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorserve import __version__
+from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
+
+SIGINT_CODE = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; give the process's exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(_Parser.parse(words), os.environ)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            _complain(problem)
+        return error.exit_code
+    except TensorserveError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return SIGINT_CODE
+    except BrokenPipeError:
+        # The reader (`| head`) has enough; keep the interpreter from complaining at its own exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _complain(text: str) -> None:
+    print(f"tensorserve: error: {text}", file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code for wrong usage, and `up` where no command is named."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(message, hint=f"See `{self.prog} --help`.")
+
+    @classmethod
+    def parse(cls, words: list[str]) -> argparse.Namespace:
+        # As in every image whose server takes flags: `docker run IMAGE --max-model-len 4096`.
+        if not words or (
+            words[0].startswith("-") and words[0] not in {"-h", "--help", "--version"}
+        ):
+            words = ["up", "--", *(words[1:] if words[:1] == ["--"] else words)]
+        arguments: list[str] = []
+        if words[0] in {"up", "serve", "plan", "check", "engine"} and "--" in words:
+            cut = words.index("--")
+            words, arguments = words[:cut], words[cut + 1 :]
+        parsed = _parser().parse_args(words)
+        parsed.arguments = tuple(arguments)
+        return parsed
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="tensorserve",
+        description="Serve encrypted Tensorizer models with vLLM. Configured by environment "
+        "variables: docs/configuration.md, or `tensorserve plan --help`.",
+    )
+    parser.add_argument("--version", action="version", version=f"tensorserve {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=_Parser, metavar="COMMAND"
+    )
+
+    commands.add_parser("up", help="check, serve, and export metrics (the container's default)")
+    commands.add_parser("serve", help="the engine alone: check, then become `vllm serve`")
+    plan = commands.add_parser(
+        "plan",
+        help="show what would be started, secrets redacted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_variables_help(),
+    )
+    plan.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("check", help="try everything that a start needs, and start nothing")
+
+    pack = commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
+    pack.add_argument(
+        "source", metavar="SRC", type=Path, help="directory with safetensors and config.json"
+    )
+    pack.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix")
+    pack.add_argument(
+        "--encrypt", action="store_true", help="encrypt the weights with a 32-byte key"
+    )
+    pack.add_argument("--key-file", type=Path, help="the key; made (0600) if it does not exist")
+    pack.add_argument("--passphrase-file", type=Path, help="encrypt with a passphrase instead")
+    pack.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+    verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
+    verify.add_argument("uri", metavar="URI")
+
+    report = commands.add_parser("report", help="the time line of the last start")
+    report.add_argument("--json", action="store_true", help="for programs")
+    for name in ("engine", "exporter", "watch"):
+        commands.add_parser(name)  # what supervisord runs; no help text, so not listed
+    return parser
+
+
+def _variables_help() -> str:
+    from tensorserve.settings import VARIABLES
+
+    lines = ["variables:"]
+    for variable in VARIABLES:
+        name = f"{variable.name}[_FILE]" if variable.secret else variable.name
+        default = variable.shown_default or variable.default
+        lines.append(f"  {name}\n      {variable.meaning} ({variable.accepts}; default: {default})")
+    lines.append(
+        "  TENSORSERVE_VLLM_<FLAG>\n      any flag of `vllm serve`: TENSORSERVE_VLLM_DTYPE=float16"
+    )
+    return "\n".join(lines)
+
+
+def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    commands = {
+        "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack,
+        "verify": _verify, "report": _report, "engine": _engine, "exporter": _exporter,
+        "watch": _watch,
+    }  # fmt: skip
+    return commands[options.command](options, environ)
+
+
+def _up(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.supervise import up
+
+    return up(environ, options.arguments)
+
+
+def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.launch import serve
+
+    serve(environ, options.arguments)
+
+
+def _engine(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    from tensorserve.engine import run_engine
+
+    return run_engine(lambda: main(["serve"]))
+
+
+def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.telemetry.exporter import serve_exporter
+
+    serve_exporter(
+        Path(environ["TENSORSERVE_STATE_DIR"]),
+        environ["TENSORSERVE_METRICS_HOST"],
+        int(environ["TENSORSERVE_METRICS_PORT"]),
+    )
+    return 0
+
+
+def _watch(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    from tensorserve.supervise import watch
+
+    watch()
+    return 0
+
+
+def _plan(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.plan import describe, make_plan
+    from tensorserve.settings import Settings
+
+    settings = Settings.from_environment(environ)
+    description = describe(make_plan(settings, options.arguments), settings)
+    if options.json:
+        print(json.dumps(description, indent=2))
+        return 0
+    for title, content in description.items():
+        print(title.replace("_", " "))
+        if isinstance(content, dict):
+            for name, value in content.items():
+                print(f"  {name:34} {value}")
+        elif isinstance(content, list):
+            print(
+                f"  {' '.join(content)}"
+                if title == "command"
+                else "\n".join(f"  {c}" for c in content)
+            )
+        else:
+            print(f"  {content}")
+    return 0
+
+
+def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.plan import make_plan
+    from tensorserve.preflight import Weights, run_checks
+    from tensorserve.settings import Settings
+
+    settings = Settings.from_environment(environ)
+    plan = make_plan(settings, options.arguments)
+    for passed in run_checks(settings, plan, Weights()):
+        print(f"ok  {passed.name:16} {passed.found}", flush=True)
+    print("Everything that a start needs is there.")
+    return 0
+
+
+def _access(environ: Mapping[str, str]) -> Any:
+    """Access and key for commands that name their own URI."""
+    from tensorserve.opening import access_for, key_for
+    from tensorserve.settings import Settings
+
+    # The start's own URI is not needed here.
+    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
+    return access_for(settings), key_for(settings)
+
+
+def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.packing import pack, prepare_key
+
+    if options.key_file and not options.encrypt:
+        raise UsageError("--key-file without --encrypt.", hint="Add --encrypt.")
+    if options.encrypt and not (options.key_file or options.passphrase_file):
+        raise UsageError(
+            "--encrypt needs a key.",
+            hint="Add --key-file PATH (made if it does not exist) or --passphrase-file PATH.",
+        )
+    access, _ = _access(environ)
+    key, passphrase = prepare_key(options.key_file, options.passphrase_file)
+    result = pack(
+        options.source,
+        options.destination,
+        key=key,
+        passphrase=passphrase,
+        access=access,
+        overwrite=options.overwrite,
+    )
+    print(result)
+    return 0
+
+
+def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.verifying import verify
+
+    access, key = _access(environ)
+    verify(options.uri, access, key, print)
+    return 0
+
+
+def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    import shutil
+
+    from tensorserve.settings import default_state_dir
+    from tensorserve.telemetry import events_path, read_events
+    from tensorserve.telemetry.report import render_report, report_json
+
+    directory = Path(environ.get("TENSORSERVE_STATE_DIR") or default_state_dir())
+    events = list(read_events(events_path(directory)))
+    if not events:
+        raise ConfigurationError(
+            f"There is no start to report: {events_path(directory)} is missing or empty.",
+            hint="Set TENSORSERVE_STATE_DIR to the state directory of the start.",
+        )
+    if options.json:
+        print(json.dumps(report_json(events), indent=2))
+    else:
+        color = sys.stdout.isatty() and "NO_COLOR" not in environ
+        print(render_report(events, shutil.get_terminal_size().columns, color))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The engine as supervisord sees it: runs `tensorserve serve`, ends it in time, records its code.
+
+supervisord tells nobody the exit code of a program, so this small parent writes it
+into the event log.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from tensorserve.launch import receive_start
+from tensorserve.telemetry import EventLog, events_path, read_events
+
+# A start that is told to stop is gone within 5 s (docker's default patience is 10 s): nothing that
+# vLLM does while loading is worth waiting for.
+STOP_SECONDS_LOADING = 3.0
+# When serving, vLLM gets its own time to drain (--shutdown-timeout) and this much on top.
+STOP_SECONDS_SERVING = 5.0
+
+
+def run_engine(serve: Callable[[], int]) -> int:
+    """Fork; the child runs `serve` (which becomes vLLM). Give the exit code, 128+n for a signal."""
+    start = receive_start(os.environ)
+    path = events_path(start.settings.state_dir)
+    drain = _drain_seconds(start.settings.flags)
+    child = os.fork()
+    if child == 0:
+        # A group of its own: the engine's workers are ended with it.
+        os.setpgid(0, 0)
+        os._exit(_guarded(serve))
+    deadline: float | None = None
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal deadline
+        if deadline is None:
+            serving = any(event["event"] == "ready" for event in read_events(path))
+            seconds = drain + STOP_SECONDS_SERVING if serving else STOP_SECONDS_LOADING
+            deadline = time.monotonic() + seconds
+        _signal_quietly(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if deadline is not None and time.monotonic() > deadline:
+            _signal_group(child, signal.SIGKILL)
+        # A signal ends the sleep early only by its handler; 50 ms bound the delay.
+        time.sleep(0.05)
+    _signal_group(child, signal.SIGKILL)  # workers that outlived their parent
+    code = os.waitstatus_to_exitcode(status)
+    code = 128 - code if code < 0 else code
+    EventLog(path).emit("engine_exit", code=code)
+    return code
+
+
+def _guarded(serve: Callable[[], int]) -> int:
+    try:
+        return serve()
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 70
+
+
+def _drain_seconds(flags: tuple[tuple[str, tuple[str, ...]], ...]) -> float:
+    """vLLM's --shutdown-timeout, as configured by variable; its default is 0."""
+    for name, words in flags:
+        if name == "shutdown-timeout":
+            return float(words[0].partition("=")[2])
+    return 0.0
+
+
+def _signal_quietly(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it has ended: nothing to tell
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return  # the group is empty

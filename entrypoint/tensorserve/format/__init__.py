@@ -1,0 +1,51 @@
+"""The .tensors file format (tensorizer's), read with nothing taken on trust.
+
+``read_index`` gives what a file holds; ``parse_header`` how each tensor is sealed and hashed;
+``open_chunk`` opens what is sealed. ``read_tensor`` does all three for one tensor.
+"""
+
+from tensorserve.format.crypto import KEY_SIZE, TagMismatchError, derive_key, nonce_at, open_chunk
+from tensorserve.format.dtypes import ITEM_SIZES
+from tensorserve.format.header import (
+    ChunkedCipher,
+    FileKey,
+    HashCheck,
+    PasswordHash,
+    TensorHeader,
+    parse_header,
+    verify_hashes,
+)
+from tensorserve.format.index import read_index
+from tensorserve.format.reader import open_tensor_chunk, read_header, read_tensor
+from tensorserve.format.records import (
+    KIND_BUFFER,
+    KIND_PARAMETER,
+    KIND_STATE_DICT,
+    FileIndex,
+    TensorRecord,
+)
+
+__all__ = [
+    "ITEM_SIZES",
+    "KEY_SIZE",
+    "KIND_BUFFER",
+    "KIND_PARAMETER",
+    "KIND_STATE_DICT",
+    "ChunkedCipher",
+    "FileIndex",
+    "FileKey",
+    "HashCheck",
+    "PasswordHash",
+    "TagMismatchError",
+    "TensorHeader",
+    "TensorRecord",
+    "derive_key",
+    "nonce_at",
+    "open_chunk",
+    "open_tensor_chunk",
+    "parse_header",
+    "read_header",
+    "read_index",
+    "read_tensor",
+    "verify_hashes",
+]

@@ -1,0 +1,79 @@
+"""How a model's weights are opened: settings → access, key, and a parsed, proven .tensors file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorserve import sources
+from tensorserve.errors import CorruptError
+from tensorserve.format import FileIndex, FileKey, read_index
+from tensorserve.keys import parse_key, parse_passphrase, prove_key
+from tensorserve.settings import Settings
+from tensorserve.sources import Access, FetchObserver, RetryPolicy, S3Access, Source
+
+# Where the user names no number: enough for a high-latency link without costing a local one.
+DEFAULT_CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class OpenTensors:
+    """One .tensors file, open, its index read, its key proven."""
+
+    source: Source
+    index: FileIndex
+    key: FileKey | None
+
+
+def access_for(settings: Settings) -> Access:
+    """How the sources reach what `settings` name."""
+    s3 = settings.s3
+    return Access(
+        s3=S3Access(
+            endpoint_url=s3.endpoint_url,
+            region=s3.region,
+            ca_bundle=s3.ca_bundle,
+            access_key_id=s3.access_key_id,
+            secret_access_key=s3.secret_access_key,
+            session_token=s3.session_token,
+        ),
+        policy=RetryPolicy(deadline=settings.fetch_deadline),
+        allowed_hosts=frozenset(settings.allowed_hosts),
+        connections=settings.fetch_connections or DEFAULT_CONNECTIONS,
+    )
+
+
+def key_for(settings: Settings) -> FileKey | None:
+    """The key or passphrase that the user gave, if any."""
+    if settings.key is not None:
+        return parse_key(settings.key)
+    if settings.passphrase is not None:
+        return parse_passphrase(settings.passphrase)
+    return None
+
+
+def open_tensors(
+    uri: str,
+    access: Access,
+    key: FileKey | None,
+    *,
+    observer: FetchObserver | None = None,
+    version: str | None = None,
+) -> OpenTensors:
+    """Open `uri`, read its index and prove `key` on its first encrypted chunk.
+
+    With `version`, the file must still be the one that carried it (it was checked before): a
+    replaced file is a CorruptError. Raises the sources', the format's and the key's errors.
+    """
+    source = sources.open_source(uri, access, observer)
+    try:
+        if version is not None and source.version != version:
+            raise CorruptError(
+                f"{source.name} was replaced since this start checked it.",
+                hint="Start again; upload models under a new name instead of over an old one.",
+            )
+        index = read_index(source)
+        prove_key(source, index, key)
+    except BaseException:
+        source.close()
+        raise
+    return OpenTensors(source, index, key)

@@ -1,0 +1,229 @@
+"""What will be started: Settings → LaunchPlan. Pure: no file, socket or process is touched here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tensorserve import sources, vllm_flags
+from tensorserve.errors import ConfigurationError
+from tensorserve.secret import Secret, redact_uri
+from tensorserve.settings import Settings
+
+# What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
+SHARD_PATTERN = re.compile(r"%0\dd")
+DEFAULT_TENSORS = "model.tensors"
+DEFAULT_SHARDS = "model-rank-%03d.tensors"
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The start, as plain data."""
+
+    argv: tuple[str, ...]
+    """`vllm serve …`, word by word; no secret is in it."""
+    environment: tuple[tuple[str, str], ...]
+    """Everything that the engine inherits."""
+    secret_flags: tuple[tuple[str, Secret], ...]
+    """Flags that vLLM reads from memory instead of its arguments (its API key)."""
+    bundle_uri: str
+    """Where configuration and tokenizer are."""
+    tensors: tuple[str, ...]
+    """Candidates for the weights, best first; "%03d" stands for a rank."""
+    tensor_parallel_size: int
+    model_dir: Path
+    """Where configuration and tokenizer are put for vLLM."""
+    served_name: str
+    health_url: str
+    host: str
+    port: int
+
+    def shards(self, template: str) -> tuple[str, ...]:
+        """The files that `template` means: one a rank, or the one file of all ranks."""
+        if not SHARD_PATTERN.search(template):
+            return (template,)
+        return tuple(template % rank for rank in range(self.tensor_parallel_size))
+
+
+def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan:
+    """The plan for `settings`, with `arguments` (what stood after `--`) added to `vllm serve`.
+
+    Arguments win over variables. Raises ConfigurationError for those that we must own.
+    """
+    given = _GivenArguments(arguments)
+    host = given.value("host") or settings.host
+    port = given.port(settings.port)
+    model_dir = settings.state_dir / "model"
+    bundle_uri, tensors = split_model_uri(settings.model_uri)
+    served_name = settings.model_name or served_name_of(settings.model_uri)
+    argv = ["vllm", "serve", str(model_dir), "--load-format=tensorizer"]
+    for name, value in (("served-model-name", served_name), ("host", host), ("port", str(port))):
+        if name not in given.names:
+            argv.append(f"--{name}={value}")
+    flags = dict(settings.flags)
+    for name, words in settings.flags:
+        if name not in given.names:
+            argv += words
+    argv += given.plain
+    secret_flags = dict(settings.secret_flags) | dict(given.secrets)
+    tensor_parallel = given.value("tensor-parallel-size") or next(
+        (w.partition("=")[2] for w in flags.get("tensor-parallel-size", ())), "1"
+    )
+    secure = "ssl-certfile" in flags or "ssl-certfile" in given.names
+    return LaunchPlan(
+        argv=tuple(argv),
+        environment=_engine_environment(settings),
+        secret_flags=tuple(secret_flags.items()),
+        bundle_uri=bundle_uri,
+        tensors=tensors,
+        tensor_parallel_size=_positive(tensor_parallel, "--tensor-parallel-size"),
+        model_dir=model_dir,
+        served_name=given.value("served-model-name") or served_name,
+        health_url=f"{'https' if secure else 'http'}://{_reachable(host)}:{port}/health",
+        host=host,
+        port=port,
+    )
+
+
+def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
+    """(directory of the bundle, candidate names of the weights in it)."""
+    parts = urlsplit(uri)
+    path = parts.path if "://" in uri else uri
+    if not path.endswith(".tensors"):
+        return uri, (DEFAULT_TENSORS, DEFAULT_SHARDS)
+    directory, _, name = path.rpartition("/")
+    if "://" not in uri:
+        return directory or (".", "/")[path.startswith("/")], (name,)
+    return parts._replace(path=directory).geturl(), (name,)
+
+
+def served_name_of(uri: str) -> str:
+    """A name for clients: what follows `vllm/` in the URI (vLLM's layout), else the last part.
+
+    s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model.
+    """
+    path = unquote(urlsplit(uri).path) if "://" in uri else uri
+    parts = [part for part in path.split("/") if part not in {"", "."}]
+    if parts and parts[-1].endswith(".tensors"):
+        stem = parts.pop().removesuffix(".tensors")
+        if not parts:
+            return stem
+    if "vllm" in parts[:-1]:
+        return "/".join(parts[parts.index("vllm") + 1 :])
+    return parts[-1] if parts else urlsplit(uri).netloc
+
+
+def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
+    """The plan for a person or a program to read, secrets redacted."""
+    bundle = redact_uri(plan.bundle_uri)
+    return {
+        "settings": dict(settings.shown()),
+        "bundle": bundle,
+        "weights": [sources.join(bundle, template) for template in plan.tensors],
+        "model_directory": str(plan.model_dir),
+        "command": list(plan.argv),
+        "secrets_in_memory": sorted(
+            [f"--{name}" for name, _ in plan.secret_flags]
+            + [
+                name
+                for name, value in (("key", settings.key), ("passphrase", settings.passphrase))
+                if value
+            ]
+            + (["s3 credentials"] if settings.s3.secret_access_key else [])
+        ),
+        "environment": {
+            name: redact_uri(value) if "://" in value else value for name, value in plan.environment
+        },
+    }
+
+
+def _reachable(host: str) -> str:
+    """An address at which this machine reaches a server bound to `host`."""
+    if host in {"", "0.0.0.0", "*"}:
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def _positive(text: str, name: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ConfigurationError(f"{name} {text!r} is not a whole number above 0.")
+
+
+def _engine_environment(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """The allow-listed environment, with what a served bundle never needs switched off."""
+    # Nothing is looked up at a hub: everything is in the bundle. No usage statistics are sent.
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return tuple(sorted((defaults | dict(settings.environment)).items()))
+
+
+class _GivenArguments:
+    """The words after `--`: which flags they name, and which of them are secret."""
+
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        self.plain: list[str] = []
+        self.secrets: list[tuple[str, Secret]] = []
+        self._values: dict[str, str | None] = {}
+        shorts = {s: f.name for f in vllm_flags.known_flags().values() for s in f.short}
+        words = list(arguments)
+        while words:
+            word = words.pop(0)
+            if not word.startswith("-") or _is_number(word):
+                raise ConfigurationError(
+                    f"Unexpected argument {word!r}: the model comes from TENSORSERVE_MODEL_URI.",
+                    hint="After `--`, only flags of `vllm serve` may follow.",
+                )
+            text, equals, attached = word.partition("=")
+            name = shorts.get(text) or text.removeprefix("--").replace("_", "-")
+            base = name.partition(".")[0]
+            flag = vllm_flags.flag_for(base)
+            if flag is None and base.startswith("no-"):
+                flag = vllm_flags.flag_for(base.removeprefix("no-"))
+            if flag is None:
+                near = vllm_flags.nearest_flag(base)
+                raise ConfigurationError(
+                    f"`vllm serve` {vllm_flags.VLLM_VERSION} has no flag {text}.",
+                    hint=f"Did you mean --{near}?" if near else "See `vllm serve --help=all`.",
+                )
+            if flag.name in vllm_flags.OWNED:
+                raise ConfigurationError(
+                    f"{text} cannot be given.", hint=f"{vllm_flags.OWNED[flag.name]}."
+                )
+            values: list[str] = [attached] if equals else []
+            if not equals and flag.kind in {"value", "values"}:
+                while words and (not words[0].startswith("-") or _is_number(words[0])):
+                    values.append(words.pop(0))
+                    if flag.kind == "value":
+                        break
+            if flag.name in vllm_flags.SECRET:
+                self.secrets += [(flag.name, Secret(v, origin=f"{text} argument")) for v in values]
+            else:
+                self._values[flag.name] = values[0] if values else None
+                self.plain += [word, *([] if equals else values)]
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._values)
+
+    def value(self, name: str) -> str | None:
+        return self._values.get(name)
+
+    def port(self, default: int) -> int:
+        text = self.value("port")
+        if text is None:
+            return default
+        if text.isdecimal() and 0 < int(text) < 65536:
+            return int(text)
+        raise ConfigurationError(f"--port {text!r} is not a port.", hint="Use 1 to 65535.")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

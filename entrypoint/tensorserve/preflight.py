@@ -1,0 +1,294 @@
+"""What must hold before vLLM is started: each check takes milliseconds and saves a minute.
+
+Order: first what is local, then the source, then the key. `tensorserve check` shows the results,
+`tensorserve serve` runs the same checks before every start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from tensorserve import sources, vllm_flags
+from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.format import FileKey
+from tensorserve.launch import Shard
+from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
+from tensorserve.plan import SHARD_PATTERN, LaunchPlan
+from tensorserve.secret import redact_uri
+from tensorserve.settings import Settings
+from tensorserve.sources import Access, FetchObserver, NotFoundError
+
+MIB = 1024**2
+# vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.
+SHARED_MEMORY_BYTES = 160 * MIB
+SHARED_MEMORY = Path("/dev/shm")
+# Event log, configuration and tokenizer of large models.
+STATE_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One check that holds: its name and what was found."""
+
+    name: str
+    found: str
+
+
+@dataclass
+class Weights:
+    """What the checks of the source found out; filled by `check_source`."""
+
+    shards: tuple[Shard, ...] = ()
+    data_bytes: int = 0
+
+
+def run_checks(
+    settings: Settings, plan: LaunchPlan, weights: Weights, observer: FetchObserver | None = None
+) -> Iterator[Passed]:
+    """Run every check in order; the first that fails raises its error. Fills `weights`."""
+    yield check_vllm()
+    yield check_device()
+    yield check_port("API", plan.host, plan.port)
+    yield check_shared_memory()
+    yield check_state_dir(settings.state_dir)
+    yield from check_source(settings, plan, weights, observer)
+    yield check_memory(weights.data_bytes)
+
+
+def engine_is_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build (its version says so: "0.32.0+cpu")."""
+    return "cpu" in _vllm_version()
+
+
+def check_vllm() -> Passed:
+    """vLLM is installed, in the version that this release was tested with."""
+    version = _vllm_version()
+    if version.partition("+")[0] != vllm_flags.VLLM_VERSION:
+        raise ConfigurationError(
+            f"vLLM {version} is installed; this release is made for {vllm_flags.VLLM_VERSION}.",
+            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}",
+        )
+    return Passed("vLLM", version)
+
+
+def check_device() -> Passed:
+    """The device that the installed vLLM needs is there."""
+    if engine_is_cpu():
+        return Passed("device", f"CPU, {len(os.sched_getaffinity(0))} cores")
+    gpus = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
+    # Windows' Linux subsystem shows its GPUs through one device of another name.
+    if not gpus and not Path("/dev/dxg").exists():
+        raise ConfigurationError(
+            "No GPU is visible, and the installed vLLM is the CUDA build.",
+            hint="Start the container with `--gpus all` (NVIDIA's container toolkit on the host), "
+            "or use the cpu image.",
+        )
+    return Passed("device", f"{len(gpus) or 1} GPU device(s)")
+
+
+def check_port(what: str, host: str, port: int) -> Passed:
+    """`host:port` can be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            variable = "TENSORSERVE_PORT" if what == "API" else "TENSORSERVE_METRICS_PORT"
+            raise ConfigurationError(
+                f"Port {port} on {host} is in use: the {what} cannot listen there.",
+                hint=f"Stop what listens there, or set {variable} to a free port.",
+            ) from error
+        raise ConfigurationError(
+            f"The {what} cannot listen on {host} port {port}: {error.strerror or error}."
+        ) from error
+    return Passed(f"{what} port", f"{host}:{port} is free")
+
+
+def check_shared_memory(path: Path = SHARED_MEMORY) -> Passed:
+    """/dev/shm has room for vLLM's queues; a container gets 64 MiB unless told otherwise."""
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}; vLLM needs shared memory.") from error
+    if free < SHARED_MEMORY_BYTES:
+        raise ConfigurationError(
+            f"{path} has {free // MIB} MiB free, vLLM needs {SHARED_MEMORY_BYTES // MIB} MiB.",
+            hint="Start the container with `--shm-size 1g` (or `--ipc host`).",
+        )
+    return Passed("shared memory", f"{free // MIB} MiB free")
+
+
+def check_state_dir(path: Path) -> Passed:
+    """The state directory is ours, private and writable."""
+    prepare_state_dir(path)
+    free = shutil.disk_usage(path).free
+    if free < STATE_BYTES:
+        raise ConfigurationError(
+            f"{path} has {free // MIB} MiB free, {STATE_BYTES // MIB} MiB are needed.",
+            hint="Give the tmpfs more room, or set TENSORSERVE_STATE_DIR.",
+        )
+    return Passed("state directory", f"{path}, {free // MIB} MiB free")
+
+
+def prepare_state_dir(path: Path) -> None:
+    """Make `path` (0700), or refuse it if it belongs to somebody else or cannot be written."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+        if path.is_symlink() or info.st_uid != os.getuid():
+            raise ConfigurationError(
+                f"{path} belongs to another user or is a link.",
+                hint="Set TENSORSERVE_STATE_DIR to a directory of your own.",
+            )
+        path.chmod(0o700)
+        probe = path / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error.strerror}.",
+            hint="Mount a tmpfs there, or set TENSORSERVE_STATE_DIR to a writable directory.",
+        ) from error
+
+
+def check_source(
+    settings: Settings, plan: LaunchPlan, weights: Weights, observer: FetchObserver | None
+) -> Iterator[Passed]:
+    """Every shard is there, whole, a .tensors file, and opened by the key; so is config.json."""
+    access = access_for(settings)
+    key = key_for(settings)
+    template, first = _first_shard(plan, access, key, observer)
+    opened = [first]
+    try:
+        for name in plan.shards(template)[1:]:
+            opened.append(
+                open_tensors(sources.join(plan.bundle_uri, name), access, key, observer=observer)
+            )
+        weights.shards = tuple(
+            Shard(sources.join(plan.bundle_uri, name), o.source.version, o.source.size)
+            for name, o in zip(plan.shards(template), opened, strict=True)
+        )
+        weights.data_bytes = sum(o.index.data_bytes for o in opened)
+        tensors = sum(len(o.index.tensors) for o in opened)
+        yield Passed(
+            "weights",
+            f"{first.source.name}: {tensors} tensors, {weights.data_bytes / 1e9:.3f} GB"
+            + (f" in {len(opened)} shards" if len(opened) > 1 else ""),
+        )
+        secured = "encrypted, the key opens it" if first.index.encrypted else "not encrypted"
+        yield Passed("encryption", secured)
+    finally:
+        for one in opened:
+            one.source.close()
+    check_config(plan.bundle_uri, access)
+    yield Passed("configuration", "config.json is there")
+
+
+def check_config(bundle_uri: str, access: Access) -> None:
+    """The bundle has a config.json; without it vLLM fails after a minute of imports."""
+    uri = sources.join(bundle_uri, "config.json")
+    try:
+        sources.open_source(uri, access).close()
+    except NotFoundError as error:
+        raise CorruptError(
+            f"The bundle has no config.json: {redact_uri(uri)}",
+            hint="vLLM needs the model's config.json (and its tokenizer) beside the .tensors file. "
+            "Pack the model with `tensorserve pack`, or copy them there.",
+        ) from error
+
+
+def check_memory(data_bytes: int) -> Passed:
+    """The weights fit into the memory of the device that will hold them."""
+    if engine_is_cpu():
+        available, where = _available_host_memory(), "host memory"
+    else:
+        available, where = _total_device_memory(), "the GPUs' memory"
+    if available is None:
+        return Passed("memory", "not known")
+    if data_bytes > available:
+        raise ConfigurationError(
+            f"The weights are {data_bytes / 1e9:.2f} GB, {where} has {available / 1e9:.2f} GB.",
+            hint="Use a larger machine, a smaller or quantized model, or more GPUs with "
+            "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE.",
+        )
+    return Passed("memory", f"{data_bytes / 1e9:.2f} GB of {available / 1e9:.2f} GB in {where}")
+
+
+def _first_shard(
+    plan: LaunchPlan, access: Access, key: FileKey | None, observer: FetchObserver | None
+) -> tuple[str, OpenTensors]:
+    """The template among the plan's candidates whose first file exists, and that file."""
+    missing: NotFoundError | None = None
+    for template in plan.tensors:
+        uri = sources.join(plan.bundle_uri, plan.shards(template)[0])
+        try:
+            opened = open_tensors(uri, access, key, observer=observer)
+        except NotFoundError as error:
+            missing = missing or error
+            continue
+        if not SHARD_PATTERN.search(template):
+            return template, opened
+        beyond = sources.join(plan.bundle_uri, template % plan.tensor_parallel_size)
+        try:
+            sources.open_source(beyond, access).close()
+        except NotFoundError:
+            return template, opened
+        opened.source.close()
+        raise ConfigurationError(
+            f"The bundle has more shards than {plan.tensor_parallel_size}: it was made for a "
+            "larger tensor-parallel size.",
+            hint="Set TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE to the number of its shards.",
+        )
+    assert missing is not None
+    raise missing
+
+
+def _vllm_version() -> str:
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigurationError(
+            "vLLM is not installed.", hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}"
+        ) from error
+
+
+def _available_host_memory() -> int | None:
+    """Bytes still to be had: the machine's, or the control group's limit if that is less."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    available = int(found[1]) * 1024 if found else None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available  # no control group of our own
+    if limit.isdecimal():
+        left = int(limit) - used
+        return left if available is None else min(left, available)
+    return available
+
+
+def _total_device_memory() -> int | None:
+    """Bytes of all visible GPUs together, from NVIDIA's management library (no CUDA context)."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, OSError):
+        return None
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,569 @@
+"""What the user asked for: the environment, read once, checked, and frozen.
+
+`VARIABLES` is the one list of what can be set; docs/configuration.md is made from it.
+Every mistake is found and reported, not only the first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tensorserve import vllm_flags
+from tensorserve.errors import ConfigurationError
+from tensorserve.secret import REDACTED, Secret, redact_uri
+
+PREFIX = "TENSORSERVE_"
+VLLM_PREFIX = "TENSORSERVE_VLLM_"
+HANDOFF_VARIABLE = "TENSORSERVE_INTERNAL_HANDOFF"
+MAX_SECRET_FILE_BYTES = 64 * 1024
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the public interface.
+
+    ``secret`` variables may also be given as NAME_FILE and are never shown;
+    ``private`` ones (a presigned URI) are shown redacted and never put into a child's environment.
+    """
+
+    name: str
+    attribute: str
+    parse: Callable[[str, str], Any]
+    default: Any
+    meaning: str
+    accepts: str
+    secret: bool = False
+    private: bool = False
+    shown_default: str | None = None
+
+
+def _text(value: str, _name: str) -> str:
+    return value
+
+
+def _uri(value: str, name: str) -> str:
+    scheme = urlsplit(value).scheme if "://" in value else ""
+    if scheme not in {"", "file", "http", "https", "s3"}:
+        raise ConfigurationError(
+            f"{name}: the scheme {scheme!r} is not supported.",
+            hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
+        )
+    if scheme == "s3" and not urlsplit(value).netloc:
+        raise ConfigurationError(f"{name}: no bucket name.", hint="Use s3://bucket/prefix.")
+    return value.rstrip("/") if not urlsplit(value).query else value
+
+
+def _port(value: str, name: str) -> int:
+    if value.isdecimal() and 0 < int(value) < 65536:
+        return int(value)
+    raise ConfigurationError(f"{name}={value!r} is not a port.", hint="Use 1 to 65535.")
+
+
+def _count(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(value: str, name: str) -> int:
+        if value.isdecimal() and low <= int(value) <= high:
+            return int(value)
+        raise ConfigurationError(
+            f"{name}={value!r} is not a whole number from {low} to {high}.",
+            hint=f"For example {name}={max(low, min(high, 16))}.",
+        )
+
+    return parse
+
+
+def _seconds(value: str, name: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 1 <= seconds <= 86400:
+        raise ConfigurationError(
+            f"{name}={value!r} is not a number of seconds from 1 to 86400.",
+            hint=f"For example {name}=300.",
+        )
+    return seconds
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+def parse_size(value: str, name: str) -> int:
+    """Bytes from "1GiB", "512m" or "1073741824"; K, M, G, T are decimal, Ki, Mi, Gi, Ti binary."""
+    match = _SIZE.fullmatch(value)
+    if not match or (match[3] and not match[2]):
+        raise ConfigurationError(
+            f"{name}={value!r} is not a size.", hint=f"For example {name}=1GiB."
+        )
+    letter = match[2].upper()
+    factor = 1024 ** ("KMGT".index(letter) + 1) if match[3] else _UNITS[letter]
+    return int(float(match[1]) * factor)
+
+
+def _memory_limit(value: str, name: str) -> int:
+    size = parse_size(value, name)
+    if size < 64 * 1024**2:
+        raise ConfigurationError(
+            f"{name}={value!r} is less than 64MiB, too little to read a model with.",
+            hint=f"For example {name}=1GiB.",
+        )
+    return size
+
+
+def _choice(*accepted: str) -> Callable[[str, str], str]:
+    def parse(value: str, name: str) -> str:
+        if value in accepted:
+            return value
+        raise ConfigurationError(
+            f"{name}={value!r} is not one of {', '.join(accepted)}.",
+            hint=f"For example {name}={accepted[0]}.",
+        )
+
+    return parse
+
+
+def _names(value: str, _name: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[,\s]+", value) if part)
+
+
+def _path(value: str, name: str) -> Path:
+    if not value.startswith("/"):
+        raise ConfigurationError(f"{name}={value!r} is not an absolute path.")
+    return Path(value)
+
+
+def default_state_dir() -> Path:
+    """Where a start keeps its event log and small files: a private directory, best on tmpfs."""
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/run", "/tmp"):
+        if base and os.access(base, os.W_OK | os.X_OK):
+            return Path(base) / ("tensorserve" if base != "/tmp" else f"tensorserve-{os.getuid()}")
+    return Path("/tmp") / f"tensorserve-{os.getuid()}"
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "TENSORSERVE_MODEL_URI", "model_uri", _uri, None,
+        "The model: a bundle's directory, or one `.tensors` file. Required.",
+        "path, `file://`, `http(s)://`, `s3://`", private=True, shown_default="required",
+    ),
+    Variable(
+        "TENSORSERVE_MODEL_NAME", "model_name", _text, None,
+        "The name that clients ask for.", "text", shown_default="last parts of the URI",
+    ),
+    Variable(
+        "TENSORSERVE_KEY", "key", _text, None,
+        "The key of an encrypted model.", "32 bytes: raw (in a file), hex or base64",
+        secret=True, shown_default="none",
+    ),
+    Variable(
+        "TENSORSERVE_PASSPHRASE", "passphrase", _text, None,
+        "The passphrase of a model sealed with one (Argon2id).", "text",
+        secret=True, shown_default="none",
+    ),
+    Variable("TENSORSERVE_HOST", "host", _text, "0.0.0.0", "Where the API listens.", "address"),
+    Variable("TENSORSERVE_PORT", "port", _port, 8000, "The API's port.", "1–65535"),
+    Variable(
+        "TENSORSERVE_METRICS_HOST", "metrics_host", _text, "0.0.0.0",
+        "Where the metrics listen.", "address",
+    ),
+    Variable(
+        "TENSORSERVE_METRICS_PORT", "metrics_port", _port, 9400, "The metrics' port.", "1–65535"
+    ),
+    Variable(
+        "TENSORSERVE_FETCH_CONNECTIONS", "fetch_connections", _count(1, 512), None,
+        "How many ranges are read at once.", "1–512", shown_default="automatic",
+    ),
+    Variable(
+        "TENSORSERVE_FETCH_DEADLINE", "fetch_deadline", _seconds, 300.0,
+        "How long a range may make no progress, retries included, before the start is given up.",
+        "seconds, 1–86400",
+    ),
+    Variable(
+        "TENSORSERVE_HOST_MEMORY_LIMIT", "host_memory_limit", _memory_limit, GIB,
+        "Host memory for data on its way to the device.", "size, at least 64MiB",
+        shown_default="1GiB",
+    ),
+    Variable(
+        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes"), "auto",
+        "`auto` authenticates every encrypted chunk; `hashes` also checks every tensor's hash.",
+        "`auto`, `hashes`",
+    ),
+    Variable(
+        "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", _names, (),
+        "Link-local or metadata hosts that a URI may name all the same.", "names, comma-separated",
+        shown_default="none",
+    ),
+    Variable(
+        "TENSORSERVE_ENGINE_RESTARTS", "engine_restarts", _count(0, 100), 0,
+        "How often a crashed engine is started again before the container ends.", "0–100",
+    ),
+    Variable(
+        "TENSORSERVE_STATE_DIR", "state_dir", _path, None,
+        "Event log and the model's small files (configuration, tokenizer).", "absolute path",
+        shown_default="`/run/tensorserve`, else a private directory in `/tmp`",
+    ),
+    Variable(
+        "TENSORSERVE_PASS_ENV", "pass_env", _names, (),
+        "Further variables that vLLM may see; by default it gets an allow-list.",
+        "names, comma-separated", shown_default="none",
+    ),
+)  # fmt: skip
+BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+# boto's own names first; the names that tensorizer's users know are accepted as aliases.
+AWS_SECRETS = {
+    "AWS_ACCESS_KEY_ID": "S3_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY": "S3_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN": None,
+}
+AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
+# vLLM's own names for what we take as TENSORSERVE_VLLM_<FLAG>.
+FLAG_ALIASES = {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"}
+
+# What a child may inherit. An allow-list, because a container's environment is where secrets live.
+CHILD_NAMES = frozenset(
+    """PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TERM NO_COLOR COLUMNS LINES HOSTNAME
+    LD_LIBRARY_PATH LD_PRELOAD CC CXX PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
+    PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX VIRTUAL_ENV NO_PROXY no_proxy SSL_CERT_FILE
+    SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+    AWS_PROFILE AWS_DEFAULT_PROFILE AWS_REGION AWS_DEFAULT_REGION AWS_ROLE_ARN
+    AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE
+    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI
+    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_CA_BUNDLE AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3
+    AWS_ENDPOINT_URL_STS AWS_STS_REGIONAL_ENDPOINTS AWS_EC2_METADATA_DISABLED
+    AWS_EC2_METADATA_SERVICE_ENDPOINT AWS_METADATA_SERVICE_TIMEOUT
+    AWS_METADATA_SERVICE_NUM_ATTEMPTS""".split()
+)
+CHILD_PREFIXES = (
+    "LC_", "XDG_", "VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_", "KMP_",
+    "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "HF_", "TRANSFORMERS_",
+    "TOKENIZERS_", "RAY_", "MALLOC_", "FLASHINFER_",
+)  # fmt: skip
+CHILD_NEVER = frozenset(FLAG_ALIASES) | {"HUGGING_FACE_HUB_TOKEN"}
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How S3 is reached. Without keys, botocore's credential chain is asked (profile, role, …)."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    ca_bundle: str | None = None
+    access_key_id: Secret | None = None
+    secret_access_key: Secret | None = None
+    session_token: Secret | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the environment says. Build it with `Settings.from_environment`."""
+
+    model_uri: str
+    model_name: str | None
+    key: Secret | None
+    passphrase: Secret | None
+    host: str
+    port: int
+    metrics_host: str
+    metrics_port: int
+    fetch_connections: int | None
+    fetch_deadline: float
+    host_memory_limit: int
+    verify: str
+    allowed_hosts: tuple[str, ...]
+    engine_restarts: int
+    state_dir: Path
+    pass_env: tuple[str, ...]
+    s3: S3Settings
+    flags: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(flag name, words for the argument list), in the order of the variables' names."""
+    secret_flags: tuple[tuple[str, Secret], ...] = ()
+    """Flags whose value must not stand in an argument list (vLLM's API key)."""
+    environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """What the children inherit: the allow-listed part of our own environment."""
+
+    @classmethod
+    def from_environment(
+        cls, environ: Mapping[str, str], origins: Mapping[str, str] | None = None
+    ) -> Settings:
+        """Read and check `environ`. Raises ConfigurationError with every mistake in it.
+
+        `origins` says where handed-over secrets first came from ({variable: origin}).
+        """
+        return _Reader(environ, origins or {}).settings()
+
+    def shown(self) -> list[tuple[str, str]]:
+        """(name, value) of every variable, secrets and signatures redacted, for `plan`."""
+        rows = []
+        for variable in VARIABLES:
+            value = getattr(self, variable.attribute)
+            if isinstance(value, Secret):
+                text = f"{REDACTED} (from {value.origin})"
+            elif variable.private:
+                text = redact_uri(value)
+            elif value is None or value == ():
+                text = variable.shown_default or "none"
+            else:
+                text = ",".join(value) if isinstance(value, tuple) else str(value)
+            rows.append((variable.name, text))
+        return rows
+
+
+class _Reader:
+    """Collects problems while it reads, so that a user mends them in one go."""
+
+    def __init__(self, environ: Mapping[str, str], origins: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.origins = origins
+        self.problems: list[str] = []
+
+    def settings(self) -> Settings:
+        self._refuse_unknown()
+        values = {v.attribute: self._value(v) for v in VARIABLES}
+        if values["model_uri"] is None and "TENSORSERVE_MODEL_URI" not in self.environ:
+            self._problem(
+                "TENSORSERVE_MODEL_URI is not set: there is no model to serve.",
+                "For example -e TENSORSERVE_MODEL_URI=s3://my-bucket/vllm/my-model/v1",
+            )
+        if values["key"] is not None and values["passphrase"] is not None:
+            self._problem(
+                "Both a key and a passphrase are set: a file is sealed with one of them.",
+                "Unset TENSORSERVE_KEY(_FILE) or TENSORSERVE_PASSPHRASE(_FILE).",
+            )
+        if values["key"] is not None:
+            self._check_key(values["key"])
+        if values["port"] == values["metrics_port"] and values["port"] is not None:
+            self._problem(
+                f"TENSORSERVE_PORT and TENSORSERVE_METRICS_PORT are both {values['port']}.",
+                "Give each its own port.",
+            )
+        flags, secret_flags = self._flags()
+        s3 = self._s3()
+        if self.problems:
+            count = len(self.problems)
+            raise ConfigurationError(
+                f"{count} mistake{'s' * (count > 1)} in the configuration",
+                problems=tuple(self.problems),
+            )
+        values["state_dir"] = values["state_dir"] or default_state_dir()
+        return Settings(
+            **values,
+            s3=s3,
+            flags=flags,
+            secret_flags=secret_flags,
+            environment=child_environment(self.environ, values["pass_env"]),
+        )
+
+    def _problem(self, message: str, hint: str | None = None) -> None:
+        self.problems.append(str(ConfigurationError(message, hint=hint)))
+
+    def _refuse_unknown(self) -> None:
+        known = set(BY_NAME) | {f"{v.name}_FILE" for v in VARIABLES if v.secret}
+        for name in sorted(self.environ):
+            if not name.startswith(PREFIX) or name in known or name == HANDOFF_VARIABLE:
+                continue
+            if name.startswith(VLLM_PREFIX):
+                continue  # checked against vLLM's own flags
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
+            self._problem(
+                f"{name} is not a variable of tensorserve.",
+                f"Did you mean {near[0]}?" if near else "`tensorserve plan --help` lists them all.",
+            )
+
+    def _value(self, variable: Variable) -> Any:
+        if variable.secret:
+            return self._secret(variable.name)
+        text = self.environ.get(variable.name)
+        if text is None:
+            return variable.default
+        if not text.strip():
+            self._problem(
+                f"{variable.name} is empty.", f"Give it a value ({variable.accepts}) or unset it."
+            )
+            return None
+        try:
+            return variable.parse(text, variable.name)
+        except ConfigurationError as error:
+            self.problems.append(str(error))
+            return None
+
+    def _secret(self, name: str) -> Secret | None:
+        """The secret `name`, from itself or from the file that `name_FILE` names."""
+        file_name = f"{name}_FILE"
+        if name in self.environ and file_name in self.environ:
+            self._problem(f"Both {name} and {file_name} are set.", "Set one of them.")
+            return None
+        if name in self.environ:
+            if not self.environ[name]:
+                self._problem(f"{name} is empty.", "Give it a value or unset it.")
+                return None
+            return Secret(self.environ[name], origin=self.origins.get(name, name))
+        if file_name not in self.environ:
+            return None
+        path = Path(self.environ[file_name])
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_SECRET_FILE_BYTES + 1)
+        except OSError as error:
+            self._problem(
+                f"{file_name}={path}: {error.strerror}.",
+                "Mount the secret there, readable by the user that the container runs as.",
+            )
+            return None
+        if len(data) > MAX_SECRET_FILE_BYTES:
+            self._problem(f"{file_name}={path} is larger than 64 KiB.", "Is it the right file?")
+            return None
+        # Editors end a file with a newline; a raw 32-byte key may end with one and is left alone.
+        stripped = data if len(data) == 32 else data.rstrip(b"\r\n")
+        if not stripped:
+            self._problem(f"{file_name}={path} is empty.", "Write the secret into it.")
+            return None
+        return Secret(stripped, origin=f"{file_name}={path}")
+
+    def _check_key(self, key: Secret) -> None:
+        from tensorserve.keys import parse_key
+
+        try:
+            parse_key(key)
+        except ConfigurationError as error:
+            self.problems.append(str(error))
+
+    def _flags(
+        self,
+    ) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], tuple[tuple[str, Secret], ...]]:
+        plain: list[tuple[str, tuple[str, ...]]] = []
+        secret: dict[str, Secret] = {}
+        for alias, flag_name in FLAG_ALIASES.items():
+            value = (
+                self._secret(alias)
+                if f"{alias}_FILE" in self.environ or self.environ.get(alias)
+                else None
+            )
+            if value is not None:
+                secret[flag_name] = value
+        for name in sorted(self.environ):
+            if not name.startswith(VLLM_PREFIX):
+                continue
+            suffix = name.removeprefix(VLLM_PREFIX)
+            flag = vllm_flags.flag_for(suffix)
+            if flag is None and suffix.endswith("_FILE"):
+                flag = vllm_flags.flag_for(suffix.removesuffix("_FILE"))
+                if flag is not None and flag.name not in vllm_flags.SECRET:
+                    flag = None
+            if flag is None:
+                near = vllm_flags.nearest_flag(suffix)
+                variable = f"{VLLM_PREFIX}{near.upper().replace('-', '_')}" if near else None
+                self._problem(
+                    f"{name}: `vllm serve` {vllm_flags.VLLM_VERSION} has no flag "
+                    f"--{suffix.lower().replace('_', '-')}.",
+                    f"Did you mean {variable}?" if variable else "See `vllm serve --help=all`.",
+                )
+            elif flag.name in vllm_flags.SECRET:
+                value = self._secret(name.removesuffix("_FILE"))
+                if value is not None:
+                    secret[flag.name] = value
+            elif flag.name in vllm_flags.OWNED:
+                self._problem(
+                    f"{name} cannot be set.", f"{vllm_flags.OWNED[flag.name]}."
+                )
+            elif flag.name in vllm_flags.RENAMED:
+                self._problem(
+                    f"{name} has a variable of its own.", f"Set {vllm_flags.RENAMED[flag.name]}."
+                )
+            else:
+                try:
+                    plain.append((flag.name, flag.arguments(self.environ[name], name)))
+                except ConfigurationError as error:
+                    self.problems.append(str(error))
+        return tuple(plain), tuple(sorted(secret.items(), key=lambda item: item[0]))
+
+    def _s3(self) -> S3Settings:
+        secrets: dict[str, Secret | None] = {}
+        for name, alias in AWS_SECRETS.items():
+            value = self._secret(name)
+            other = self._secret(alias) if alias else None
+            if value is not None and other is not None and value != other:
+                self._problem(f"{name} and {alias} are both set and differ.", "Set one of them.")
+            secrets[name] = value or other
+        if (secrets["AWS_ACCESS_KEY_ID"] is None) != (secrets["AWS_SECRET_ACCESS_KEY"] is None):
+            missing = next(
+                n for n in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if not secrets[n]
+            )
+            self._problem(
+                f"{missing} is missing while the other half of the pair is set.", "Set both."
+            )
+        endpoint = next((self.environ[n] for n in AWS_ENDPOINTS if self.environ.get(n)), None)
+        if endpoint is not None and urlsplit(endpoint).scheme not in {"http", "https"}:
+            self._problem(
+                f"The S3 endpoint {redact_uri(endpoint)!r} is not a URL.",
+                "Use https://host:port (AWS_ENDPOINT_URL_S3).",
+            )
+        return S3Settings(
+            endpoint_url=endpoint,
+            region=self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION") or None,
+            ca_bundle=self.environ.get("AWS_CA_BUNDLE") or None,
+            access_key_id=secrets["AWS_ACCESS_KEY_ID"],
+            secret_access_key=secrets["AWS_SECRET_ACCESS_KEY"],
+            session_token=secrets["AWS_SESSION_TOKEN"],
+        )
+
+
+def child_environment(
+    environ: Mapping[str, str], pass_env: tuple[str, ...] | None
+) -> tuple[tuple[str, str], ...]:
+    """The part of `environ` that the engine, the exporter and supervisord may see."""
+    allowed = {
+        name: value
+        for name, value in environ.items()
+        if name not in CHILD_NEVER
+        and (name in CHILD_NAMES or name.startswith(CHILD_PREFIXES) or name in (pass_env or ()))
+    }
+    return tuple(sorted(allowed.items()))
+
+
+def handed_over(
+    environ: Mapping[str, str], settings: Settings
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(environment, origins) from which another process makes the same `settings`.
+
+    Secrets stand in it by value, not by file: the files may be gone, or not readable there. It is
+    for `tensorserve.handoff` only, never for a real environment.
+    """
+    result = dict(settings.environment)
+    result |= {n: v for n, v in environ.items() if n.startswith((PREFIX, "AWS_", "S3_"))}
+    values: dict[str, Secret] = {
+        f"{VLLM_PREFIX}{name.upper().replace('-', '_')}": value
+        for name, value in settings.secret_flags
+    }
+    if settings.key is not None:
+        raw = settings.key.reveal()
+        # A raw key is no text: as hex it is the same key.
+        values["TENSORSERVE_KEY"] = (
+            Secret(raw.hex(), settings.key.origin) if len(raw) == 32 else settings.key
+        )
+    if settings.passphrase is not None:
+        values["TENSORSERVE_PASSPHRASE"] = settings.passphrase
+    for name, secret in (
+        ("AWS_ACCESS_KEY_ID", settings.s3.access_key_id),
+        ("AWS_SECRET_ACCESS_KEY", settings.s3.secret_access_key),
+        ("AWS_SESSION_TOKEN", settings.s3.session_token),
+    ):
+        if secret is not None:
+            values[name] = secret
+    secret_names = {v.name for v in VARIABLES if v.secret} | set(AWS_SECRETS) | set(values)
+    for name in [*secret_names, *(a for a in AWS_SECRETS.values() if a)]:
+        result.pop(name, None)
+        result.pop(f"{name}_FILE", None)
+    result.pop(HANDOFF_VARIABLE, None)
+    result["TENSORSERVE_STATE_DIR"] = str(settings.state_dir)
+    result |= {name: secret.reveal_text() for name, secret in values.items()}
+    return result, {name: secret.origin for name, secret in values.items()}

@@ -1,0 +1,220 @@
+"""The loader inside vLLM: streams a .tensors file into the model, on CPU and on CUDA alike.
+
+Together with `vllm_plugin` the only module that knows vLLM's internals (0.32.0).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
+from tensorserve.format import FileIndex, TensorRecord
+from tensorserve.launch import Start, receive_start
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
+from tensorserve.opening import DEFAULT_CONNECTIONS, OpenTensors, access_for, key_for, open_tensors
+from tensorserve.settings import Settings
+from tensorserve.telemetry import EventLog, events_path
+
+# tensorizer's mark for files that hold vLLM's own parameters instead of a checkpoint's.
+VLLM_LAYOUT_MARKER = "vllm_tensorized_marker"
+# Buffers that `write_module` stores although no checkpoint has them: vLLM computes them itself and
+# refuses them as unknown weights.
+COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+PROGRESS_SECONDS = 0.25
+
+
+class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
+    """vLLM's load format `tensorizer`. One is made in each worker."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self._start: Start = receive_start(os.environ)
+        self._log = EventLog(events_path(self._start.settings.state_dir))
+        self._rank = 0
+        self._progress = LoadProgress()
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing to do: weights are streamed, never stored."""
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """The module with its weights, processed for this device's kernels."""
+        self._rank = get_tensor_model_parallel_rank()
+        self._phase("import", "end")
+        self._phase("init", "begin")
+        try:
+            device = torch.device(self.load_config.device or vllm_config.device_config.device)
+            if device.type != "cpu" and self._in_vllm_layout():
+                model = self._load_processed(vllm_config, model_config, prefix, device)
+            else:
+                model = super().load_model(vllm_config, model_config, prefix)
+        except TensorserveError as error:
+            # vLLM wraps what its workers raise; the log keeps the message and the exit code.
+            self._log.emit(
+                "failure", reason=error.reason, exit_code=error.exit_code, message=error.message
+            )
+            raise
+        self._phase("postprocess", "end")
+        self._phase("warmup", "begin")
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fill `model` in place."""
+        self._phase("init", "end")
+        self._phase("load", "begin")
+        with self._open() as opened:
+            records = [r for r in opened.index.tensors if not _is_computed(r)]
+            self._log.emit(
+                "load_plan",
+                rank=self._rank,
+                bytes=sum(r.length for r in records),
+                tensors=len(records),
+            )
+            tensors = self._stream(opened, records)
+            if is_vllm_layout(opened.index):
+                copy_in_place(model, tensors)
+            else:
+                # Every vLLM model has it; torch's Module does not know.
+                loaded: set[str] | None = model.load_weights(tensors)  # type: ignore[operator]
+                if model_config.quantization is None and loaded is not None:
+                    # The stock loader's own check that no parameter was left as it was born.
+                    DefaultModelLoader.track_weights_loading(self, model, loaded)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._log.emit("load_done", rank=self._rank)
+        self._phase("load", "end")
+        self._phase("postprocess", "begin")
+
+    def _load_processed(
+        self,
+        vllm_config: VllmConfig,
+        model_config: ModelConfig,
+        prefix: str,
+        device: torch.device,
+    ) -> nn.Module:
+        """vLLM's own layout on a GPU: the file holds parameters *after* post-processing.
+
+        So the empty module is brought into that form first, then filled. (On CPU post-processing
+        repacks weights into memory that no file can hold; there the file must be in the form
+        before it, and the ordinary order is right.) Not run on a GPU yet.
+        """
+        with set_default_torch_dtype(model_config.dtype), device:
+            model = self.create_model(vllm_config, model_config, prefix)
+        with set_default_torch_dtype(model_config.dtype):
+            process_weights_after_loading(model, model_config, device)
+            self.load_weights(model, model_config)
+        ready: nn.Module = model.eval()
+        return ready
+
+    @contextmanager
+    def _open(self) -> Iterator[OpenTensors]:
+        settings = self._start.settings
+        shard = self._start.shard(self._rank)
+        opened = open_tensors(
+            shard.uri,
+            access_for(settings),
+            key_for(settings),
+            observer=self._progress,
+            version=shard.version,
+        )
+        try:
+            yield opened
+        finally:
+            opened.source.close()
+
+    def _in_vllm_layout(self) -> bool:
+        with self._open() as opened:
+            return is_vllm_layout(opened.index)
+
+    def _stream(
+        self, opened: OpenTensors, records: list[TensorRecord]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) for vLLM, with progress in the event log. `copy` is vLLM's time."""
+        settings: Settings = self._start.settings
+        options = LoadOptions(
+            connections=settings.fetch_connections or DEFAULT_CONNECTIONS,
+            ahead_bytes=settings.host_memory_limit,
+            verify_hashes=settings.verify == "hashes",
+        )
+        stream = TensorStream(
+            opened.source,
+            records,
+            encrypted=opened.index.encrypted,
+            key=opened.key,
+            options=options,
+            progress=self._progress,
+        )
+        end = report_every(PROGRESS_SECONDS, self._report)
+        try:
+            with stream:
+                for record, tensor in stream:
+                    started = time.monotonic()
+                    yield record.name, tensor
+                    self._progress.stage("copy", record.length, time.monotonic() - started)
+        finally:
+            end()
+
+    def _report(self) -> None:
+        self._log.emit("load_progress", rank=self._rank, **self._progress.snapshot())
+
+    def _phase(self, phase: str, state: str) -> None:
+        if self._rank == 0:
+            self._log.emit("phase", phase=phase, state=state)
+
+
+def is_vllm_layout(index: FileIndex) -> bool:
+    """Whether the file holds vLLM's own parameters (tensorizer's marker), not a checkpoint's."""
+    return any(r.name.lstrip(".") == VLLM_LAYOUT_MARKER for r in index.tensors)
+
+
+def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy a file in vLLM's own layout over the model's parameters and persistent buffers.
+
+    Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError where the
+    file lacks a parameter.
+    """
+    targets = model.state_dict(keep_vars=True)
+    filled: set[int] = set()
+    with torch.no_grad():
+        for name, tensor in tensors:
+            target = targets.get(name.lstrip("."))
+            if target is None:
+                raise ConfigurationError(
+                    f"The file holds {name!r}, which this model does not have.",
+                    hint="It was written in vLLM's own layout for another model, version, dtype, "
+                    "quantization or parallel size. Pack the checkpoint with `tensorserve pack`.",
+                )
+            if target.shape != tensor.shape or target.dtype != tensor.dtype:
+                raise ConfigurationError(
+                    f"{name!r} is {tuple(tensor.shape)} {tensor.dtype} in the file and "
+                    f"{tuple(target.shape)} {target.dtype} in this model.",
+                    hint="A file in vLLM's own layout fits only the vLLM version, dtype, "
+                    "quantization and parallel size (and CPU or GPU) that wrote it.",
+                )
+            target.data.copy_(tensor)
+            filled.add(target.data_ptr())
+    # Tied parameters share memory: one of their names is enough.
+    left = [n for n, t in targets.items() if t.numel() and t.data_ptr() not in filled]
+    if left:
+        raise CorruptError(
+            f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",
+            hint="Was it written by another version of vLLM? Pack the checkpoint again.",
+        )
+
+
+def _is_computed(record: TensorRecord) -> bool:
+    return record.name.lstrip(".") == VLLM_LAYOUT_MARKER or record.name.endswith(COMPUTED_BUFFERS)

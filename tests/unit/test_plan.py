@@ -1,0 +1,132 @@
+"""The plan: settings and arguments → what will be started."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tensorserve.errors import ConfigurationError
+from tensorserve.plan import describe, make_plan, served_name_of, split_model_uri
+from tensorserve.settings import Settings
+
+URI = {"TENSORSERVE_MODEL_URI": "s3://bucket/vllm/model/v1", "TENSORSERVE_STATE_DIR": "/run/ts"}
+
+
+def plan_of(environ: dict[str, str] | None = None, *arguments: str):  # noqa: ANN202
+    return make_plan(Settings.from_environment(URI | (environ or {})), arguments)
+
+
+def test_the_plan_is_a_plain_vllm_serve() -> None:
+    """The command that a user could have typed, with our load format."""
+    plan = plan_of({"TENSORSERVE_VLLM_MAX_MODEL_LEN": "512"})
+    assert plan.argv[:4] == ("vllm", "serve", "/run/ts/model", "--load-format=tensorizer")
+    assert "--served-model-name=model/v1" in plan.argv
+    assert "--port=8000" in plan.argv
+    assert "--max-model-len=512" in plan.argv
+    assert plan.health_url == "http://127.0.0.1:8000/health"
+
+
+def test_arguments_win_over_variables() -> None:
+    """What stands on the command line is the more specific wish."""
+    plan = plan_of(
+        {"TENSORSERVE_VLLM_MAX_MODEL_LEN": "512"}, "--max-model-len", "1024", "--port=9001"
+    )
+    assert "--max-model-len=512" not in plan.argv
+    assert plan.argv[-3:] == ("--max-model-len", "1024", "--port=9001")
+    assert plan.port == 9001
+    assert plan.health_url.endswith(":9001/health")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--load-format", "auto"), "--load-format cannot be given"),
+        (("--load_format=auto",), "cannot be given"),
+        (("some-model",), "TENSORSERVE_MODEL_URI"),
+        (("--model", "x"), "TENSORSERVE_MODEL_URI"),
+        (("--model-loader-extra-config.a", "1"), "cannot be given"),
+        (("--max-model-lenght", "1"), "Did you mean --max-model-len"),
+        (("--port", "x"), "not a port"),
+    ],
+)
+def test_arguments_that_conflict_or_are_unknown_are_refused(
+    arguments: tuple[str, ...], said: str
+) -> None:
+    """Before anything is started."""
+    with pytest.raises(ConfigurationError) as caught:
+        plan_of({}, *arguments)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [("--api-key", "canary"), ("--api-key=canary",)])
+def test_an_api_key_among_the_arguments_leaves_the_argument_list(form: tuple[str, ...]) -> None:
+    """vLLM's own process list would show it."""
+    plan = plan_of({}, *form, "--enforce-eager")
+    assert "canary" not in " ".join(plan.argv)
+    assert [secret.reveal() for _, secret in plan.secret_flags] == [b"canary"]
+    assert plan.argv[-1] == "--enforce-eager"
+
+
+def test_short_flags_and_negative_numbers_are_understood() -> None:
+    """-tp is vLLM's own short form; -1 is a value."""
+    plan = plan_of({}, "-tp", "2", "--max-logprobs", "-1")
+    assert plan.tensor_parallel_size == 2
+    assert plan.argv[-2:] == ("--max-logprobs", "-1")
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("s3://bucket/vllm/model/v1", "model/v1"),
+        ("s3://bucket/models/my-model", "my-model"),
+        ("/models/my-model/model.tensors", "my-model"),
+        ("/models/my-model", "my-model"),
+        ("https://host/a/vllm/org/model/v2?sig=secret", "org/model/v2"),
+        ("s3://bucket", "bucket"),
+        ("weights.tensors", "weights"),
+    ],
+)
+def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
+    """A readable name without configuration."""
+    assert served_name_of(uri) == name
+
+
+@pytest.mark.parametrize(
+    ("uri", "directory", "names"),
+    [
+        ("s3://b/m", "s3://b/m", ("model.tensors", "model-rank-%03d.tensors")),
+        ("s3://b/m/x.tensors", "s3://b/m", ("x.tensors",)),
+        ("/m/x.tensors", "/m", ("x.tensors",)),
+        ("https://h/m/x.tensors?sig=1", "https://h/m?sig=1", ("x.tensors",)),
+        ("s3://b/m/r-%03d.tensors", "s3://b/m", ("r-%03d.tensors",)),
+    ],
+)
+def test_a_uri_names_a_bundle_or_one_file_of_it(
+    uri: str, directory: str, names: tuple[str, ...]
+) -> None:
+    """Both forms lead to the same bundle."""
+    assert split_model_uri(uri) == (directory, names)
+
+
+def test_shards_are_one_file_a_rank() -> None:
+    """As vLLM's page writes them."""
+    plan = plan_of({"TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": "2"})
+    assert plan.shards("model-rank-%03d.tensors") == (
+        "model-rank-000.tensors",
+        "model-rank-001.tensors",
+    )
+    assert plan.shards("model.tensors") == ("model.tensors",)
+
+
+def test_the_description_holds_no_secret() -> None:
+    """It is printed, and pasted into tickets."""
+    environ = URI | {
+        "TENSORSERVE_MODEL_URI": "https://host/m?X-Amz-Signature=canary",
+        "TENSORSERVE_VLLM_API_KEY": "canary",
+        "TENSORSERVE_PASSPHRASE": "canary",
+        "AWS_ACCESS_KEY_ID": "canary",
+        "AWS_SECRET_ACCESS_KEY": "canary",
+    }
+    settings = Settings.from_environment(environ)
+    assert "canary" not in json.dumps(describe(make_plan(settings), settings))
