@@ -52,7 +52,7 @@ container's environment is shown by `docker inspect`.
 ## Flags of vLLM
 
 `TENSORSERVE_VLLM_<FLAG>` is `--<flag>` with underscores for dashes. `true` and `false` become
-`--flag` and `--no-flag`; a list is a JSON array or words parted by spaces; everything else is passed
+`--flag` and `--no-flag`; a list is a JSON array or words parted by spaces; all else is passed
 on as one word, JSON included. Names, truth values, whole numbers and choices are checked before
 vLLM is started. These have another way, or none:
 

@@ -472,9 +472,7 @@ class _Reader:
                 if value is not None:
                     secret[flag.name] = value
             elif flag.name in vllm_flags.OWNED:
-                self._problem(
-                    f"{name} cannot be set.", f"{vllm_flags.OWNED[flag.name]}."
-                )
+                self._problem(f"{name} cannot be set.", f"{vllm_flags.OWNED[flag.name]}.")
             elif flag.name in vllm_flags.RENAMED:
                 self._problem(
                     f"{name} has a variable of its own.", f"Set {vllm_flags.RENAMED[flag.name]}."

@@ -13,7 +13,7 @@ from tensorserve.settings import Settings
 URI = {"TENSORSERVE_MODEL_URI": "s3://bucket/vllm/model/v1", "TENSORSERVE_STATE_DIR": "/run/ts"}
 
 
-def plan_of(environ: dict[str, str] | None = None, *arguments: str):  # noqa: ANN202
+def plan_of(environ: dict[str, str] | None = None, *arguments: str):
     return make_plan(Settings.from_environment(URI | (environ or {})), arguments)
 
 

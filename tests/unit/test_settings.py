@@ -60,9 +60,7 @@ def test_a_secret_and_its_file_exclude_each_other(tmp_path: Path) -> None:
     """Which of two values would win is never guessed."""
     file = tmp_path / "key"
     file.write_text(KEY)
-    message = only_problem(
-        URI | {"TENSORSERVE_KEY": KEY, "TENSORSERVE_KEY_FILE": str(file)}
-    )
+    message = only_problem(URI | {"TENSORSERVE_KEY": KEY, "TENSORSERVE_KEY_FILE": str(file)})
     assert "Both TENSORSERVE_KEY and TENSORSERVE_KEY_FILE are set" in message
 
 

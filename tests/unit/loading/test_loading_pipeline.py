@@ -1,0 +1,215 @@
+"""The pipeline: whatever the sizes, threads and budget, the tensors are those of the file."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tensorizer import EncryptionParams, TensorSerializer
+
+from tensorserve.errors import CorruptError, SourceUnavailableError
+from tensorserve.format import FileKey, read_index
+from tensorserve.keys import GivenKey
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.schedule import BATCH_BYTES, RANGE_BYTES, ranges
+
+MIB = 1024**2
+
+
+class MemorySource:
+    """A source over bytes; `trouble` may spoil what is read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.name, self.size, self.version = "memory", len(data), None
+        self.data = data
+        self.reads: list[tuple[int, int]] = []
+        self.spoil: dict[int, int] = {}  # offset → how many more reads of it are damaged
+        self.fail_at: int | None = None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.reads.append((offset, len(buffer)))
+        if self.fail_at is not None and offset <= self.fail_at < offset + len(buffer):
+            raise SourceUnavailableError("memory is gone")
+        buffer[:] = self.data[offset : offset + len(buffer)]
+        for place in self.spoil:
+            if offset <= place < offset + len(buffer) and self.spoil[place] > 0:
+                self.spoil[place] -= 1
+                buffer[place - offset] ^= 1
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """Sizes around every boundary: chunk, batch, range, and none at all."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {
+        "one": 1, "odd": 1001, "chunk": 2 * MIB, "chunk_and_one": 2 * MIB + 1,
+        "batch": BATCH_BYTES, "batch_and_one": BATCH_BYTES + 1, "range": RANGE_BYTES,
+        "ranges": 2 * RANGE_BYTES + 3 * MIB + 17, "last": 3,
+    }  # fmt: skip
+    made = {
+        name: torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+        for name, size in sizes.items()
+    }
+    made["shaped"] = torch.randn(3, 5, 7, generator=generator).to(torch.bfloat16)
+    made["scalar"] = torch.tensor(2.5)
+    return made
+
+
+def written(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor], key: bytes | None
+) -> bytes:
+    path: Path = tmp_path_factory.mktemp("tensors") / "model.tensors"
+    encryption = EncryptionParams(key=key) if key else None
+    serializer = TensorSerializer(str(path), encryption=encryption)
+    serializer.write_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+    serializer.close()
+    return path.read_bytes()
+
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor]) -> bytes:
+    return written(tmp_path_factory, tensors, KEY)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor]) -> bytes:
+    return written(tmp_path_factory, tensors, None)
+
+
+def streamed(
+    source: MemorySource, options: LoadOptions, key: FileKey | None
+) -> tuple[dict[str, torch.Tensor], LoadProgress]:
+    index = read_index(source)
+    progress = LoadProgress()
+    with TensorStream(
+        source,
+        index.tensors,
+        encrypted=index.encrypted,
+        key=key,
+        options=options,
+        progress=progress,
+    ) as stream:
+        return {record.name: tensor.clone() for record, tensor in stream}, progress
+
+
+@pytest.mark.parametrize("connections", [1, 2, 16])
+@pytest.mark.parametrize("ahead", [1, 5 * MIB, 1024 * MIB])
+def test_encrypted_tensors_are_bit_identical(
+    encrypted: bytes, tensors: dict[str, torch.Tensor], connections: int, ahead: int
+) -> None:
+    """Also where the budget is smaller than any tensor."""
+    options = LoadOptions(connections=connections, ahead_bytes=ahead)
+    found, progress = streamed(MemorySource(encrypted), options, GivenKey(KEY, "test"))
+    assert list(found) == [r.name for r in read_index(MemorySource(encrypted)).tensors]
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    total = sum(t.nbytes for t in tensors.values())
+    snapshot = progress.snapshot()
+    assert (snapshot["fetch"], snapshot["decrypt"]) == (total, total)
+
+
+def test_plain_tensors_are_bit_identical_and_nothing_is_decrypted(
+    plain: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The same path serves files that are not encrypted."""
+    options = LoadOptions(connections=4, verify_hashes=True)
+    found, progress = streamed(MemorySource(plain), options, None)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert progress.snapshot()["decrypt"] == 0
+
+
+def test_a_chunk_damaged_on_the_wire_is_read_once_more(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """F8: one flipped bit in flight costs one small read, not the start."""
+    source = MemorySource(encrypted)
+    record = next(r for r in read_index(source).tensors if r.name == "ranges")
+    source.spoil = {record.data_offset + RANGE_BYTES + 5: 1}
+    found, progress = streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
+    assert torch.equal(found["ranges"], tensors["ranges"])
+    assert progress.snapshot()["retries"] == {"corrupt": 1}
+
+
+def test_a_chunk_damaged_at_rest_ends_the_load(encrypted: bytes) -> None:
+    """F8: the damage stays after the second read; the error names the tensor."""
+    source = MemorySource(encrypted)
+    record = next(r for r in read_index(source).tensors if r.name == "chunk_and_one")
+    source.spoil = {record.data_offset + 7: 1000}
+    with pytest.raises(CorruptError, match="chunk_and_one"):
+        streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
+
+
+def test_a_plain_tensor_with_a_wrong_hash_ends_the_load(plain: bytes) -> None:
+    """TENSORSERVE_VERIFY=hashes covers what has no tag."""
+    source = MemorySource(plain)
+    record = next(r for r in read_index(source).tensors if r.name == "odd")
+    source.spoil = {record.data_offset: 1000}
+    with pytest.raises(CorruptError, match="odd"):
+        streamed(source, LoadOptions(connections=2, verify_hashes=True), None)
+
+
+def test_an_error_of_any_thread_reaches_the_consumer_and_ends_all_threads(
+    encrypted: bytes,
+) -> None:
+    """The load ends with the source's own error, and nothing keeps running."""
+    source = MemorySource(encrypted)
+    index = read_index(source)
+    source.fail_at = index.tensors[-1].data_offset
+    with pytest.raises(SourceUnavailableError, match="memory is gone"):
+        streamed(source, LoadOptions(connections=4), GivenKey(KEY, "test"))
+    assert not [t for t in threading.enumerate() if t.name.startswith("tensorserve-load")]
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread(encrypted: bytes) -> None:
+    """vLLM may raise in the middle of a load."""
+    source = MemorySource(encrypted)
+    index = read_index(source)
+    options = LoadOptions(connections=4, ahead_bytes=3 * MIB)
+    with TensorStream(
+        source,
+        index.tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=options,
+        progress=LoadProgress(),
+    ) as stream:
+        next(iter(stream))
+    assert not [t for t in threading.enumerate() if t.name.startswith("tensorserve-load")]
+
+
+def test_ranges_cover_every_tensor_once_and_in_order(encrypted: bytes) -> None:
+    """Every byte of every tensor is in one piece, headers with the first."""
+    records = read_index(MemorySource(encrypted)).tensors
+    covered: dict[str, int] = {}
+    last = 0
+    for one in ranges(records):
+        assert one.offset >= last
+        last = one.offset + one.length
+        for piece in one.pieces:
+            assert covered.get(piece.record.name, 0) == piece.start
+            covered[piece.record.name] = piece.stop
+    assert covered == {r.name: r.length for r in records}
+
+
+def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:
+    """Nothing is read for it, and its shape is kept."""
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path))
+    serializer.write_state_dict({"empty": torch.empty(0, 4), "full": torch.ones(2)})
+    serializer.close()
+    found, _ = streamed(MemorySource(path.read_bytes()), LoadOptions(connections=2), None)
+    assert found["empty"].shape == (0, 4)
+    assert torch.equal(found["full"], torch.ones(2))

@@ -1,0 +1,163 @@
+"""Parts that the telemetry tests share: event lines with chosen times, a fake engine, a deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorserve.telemetry import Event, EventLog, events_path
+from tensorserve.telemetry.exporter import Exporter
+
+
+def at(t: float, event: str, **fields: Any) -> Event:
+    """An event as the reader gives it."""
+    return {"t": t, "w": 1_700_000_000.0 + t, "pid": 1, "event": event, **fields}
+
+
+def begin(t: float, phase: str) -> Event:
+    return at(t, "phase", phase=phase, state="begin")
+
+
+def end(t: float, phase: str) -> Event:
+    return at(t, "phase", phase=phase, state="end")
+
+
+def progress(t: float, copy: int, *, rank: int = 0, **fields: Any) -> Event:
+    """A `load_progress` in which every stage has done `copy` bytes unless told otherwise."""
+    counts = {"fetch": copy, "decrypt": copy, "copy": copy}
+    seconds = {"fetch_seconds": 1.0, "decrypt_seconds": 0.5, "copy_seconds": 0.25}
+    rest = {"rank": rank, "requests": 0, "retries": {}}
+    return at(t, "load_progress", **(counts | seconds | rest | fields))
+
+
+def whole_start() -> list[Event]:
+    """A start of 60 s by one rank: 1000 bytes in 10 s, 7 requests, 3 of them sent again."""
+    return [
+        at(100, "start", start_id="a", version="0.1.0", health_url="http://127.0.0.1:1/health"),
+        begin(101, "preflight"),
+        end(102, "preflight"),
+        begin(102, "artifacts"),
+        end(103, "artifacts"),
+        begin(103, "import"),
+        end(130, "import"),
+        begin(130, "init"),
+        begin(131, "load"),
+        at(131, "load_plan", rank=0, bytes=1000, tensors=3),
+        progress(136, 500, requests=4, retries={"reset": 1}),
+        progress(141, 1000, requests=7, retries={"reset": 1, "stall": 2}),
+        at(141, "load_done", rank=0),
+        end(141, "load"),
+        begin(141, "postprocess"),
+        end(142, "postprocess"),
+        begin(142, "warmup"),
+        end(159.9, "warmup"),
+        at(160, "ready", start_id="a"),
+    ]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Return once `condition` holds; fail when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+class Engine:
+    """A /health on a real socket; `status` is what it answers, `asked` how often it was asked."""
+
+    def __init__(self) -> None:
+        engine = self
+        self.status = 503
+        self.asked = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                engine.asked += 1
+                self.send_response(engine.status)
+                self.send_header("Location", "/health-elsewhere")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/health"
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self._thread.join()
+
+
+class Client:
+    """Asks one exporter."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self.port = exporter.port
+
+    def ask(
+        self, path: str, method: str = "GET", accept: str = "*/*"
+    ) -> tuple[int, dict[str, str], str]:
+        """(status, headers, body)."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", method=method, headers={"Accept": accept}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status, dict(answer.headers), answer.read().decode()
+        except urllib.error.HTTPError as answer:
+            with answer:
+                return answer.code, dict(answer.headers), answer.read().decode()
+
+    def status(self, path: str) -> int:
+        return self.ask(path)[0]
+
+
+@contextmanager
+def exporting(state_dir: Path) -> Iterator[Client]:
+    """An exporter that answers and watches, on a free port of loopback."""
+    stop = threading.Event()
+    with Exporter(state_dir, "127.0.0.1", 0) as exporter:
+        watch = threading.Thread(target=exporter.watch, args=(stop,))
+        watch.start()
+        try:
+            yield Client(exporter)
+        finally:
+            stop.set()
+            watch.join()
+
+
+def log_start(state_dir: Path, engine: Engine, start_id: str = "a") -> EventLog:
+    """A log in which a start has just begun."""
+    log = EventLog(events_path(state_dir))
+    log.emit("start", start_id=start_id, version="0.1.0", health_url=engine.url)
+    return log
+
+
+def log_load(log: EventLog, *, copied: int, done: bool, rank: int = 0) -> None:
+    """A load of 1000 bytes that has come to `copied`."""
+    log.emit("phase", phase="load", state="begin")
+    log.emit("load_plan", rank=rank, bytes=1000, tensors=3)
+    fields = progress(0, copied, rank=rank, requests=7, retries={"reset": 2})
+    log.emit(**{key: value for key, value in fields.items() if key not in {"t", "w", "pid"}})
+    if done:
+        log.emit("load_done", rank=rank)
+        log.emit("phase", phase="warmup", state="begin")
