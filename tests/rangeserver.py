@@ -65,7 +65,7 @@ class RangeServer:
         self.versions[name] += 1
 
     def __enter__(self) -> RangeServer:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(

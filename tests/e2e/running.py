@@ -36,7 +36,9 @@ def clean_environment() -> dict[str, str]:
 class Running:
     """One engine: `tensorserve up`, or stock `vllm serve` to compare with."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path, port: int) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], log: Path, port: int
+    ) -> None:
         self.command = command
         self.environment = environment
         self.log = log
@@ -223,7 +225,7 @@ def request(
 
 
 def session_processes(session: int) -> list[int]:
-    """Processes of a session, and all their descendants, that are still there (zombies left out)."""
+    """Processes of a session and all their descendants that still are (zombies left out)."""
     parents: dict[int, int] = {}
     members: set[int] = set()
     for entry in Path("/proc").iterdir():

@@ -153,7 +153,7 @@ def test_an_unknown_vllm_flag(up: Up) -> None:
     outcome.must_be(78, "MAXMODELLEN", "TENSORSERVE_VLLM_MAX_MODEL_LEN")
 
 
-def s3_environ(s3, **changes: str) -> dict[str, str]:  # noqa: ANN001
+def s3_environ(s3, **changes: str) -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL_S3": s3.endpoint_url,
         "AWS_ACCESS_KEY_ID": s3.access_key,
@@ -162,13 +162,13 @@ def s3_environ(s3, **changes: str) -> dict[str, str]:  # noqa: ANN001
     } | changes
 
 
-def test_a_bucket_that_does_not_exist(up: Up, s3) -> None:  # noqa: ANN001
+def test_a_bucket_that_does_not_exist(up: Up, s3) -> None:
     """Says the bucket's name."""
     outcome = up(s3_environ(s3) | {"TENSORSERVE_MODEL_URI": "s3://no-such-bucket/m"})
     outcome.must_be(69, "no-such-bucket")
 
 
-def test_no_credentials(up: Up, s3, bucket: str) -> None:  # noqa: ANN001
+def test_no_credentials(up: Up, s3, bucket: str) -> None:
     """Says which variables to set."""
     outcome = up(
         s3_environ(s3, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
@@ -177,7 +177,7 @@ def test_no_credentials(up: Up, s3, bucket: str) -> None:  # noqa: ANN001
     outcome.must_be(77, "credentials", "AWS_ACCESS_KEY_ID")
 
 
-def test_wrong_credentials(up: Up, s3, bucket: str) -> None:  # noqa: ANN001
+def test_wrong_credentials(up: Up, s3, bucket: str) -> None:
     """Not retried, not mistaken for a missing file."""
     outcome = up(
         s3_environ(s3, AWS_SECRET_ACCESS_KEY="wrong")
@@ -217,9 +217,7 @@ def test_a_wrong_key(up: Up, encrypted: Path, tmp_path: Path) -> None:
     """F7: says where the key came from, and not the key."""
     key_file = tmp_path / "key"
     key_file.write_bytes(WRONG_KEY)
-    outcome = up(
-        {"TENSORSERVE_MODEL_URI": str(encrypted), "TENSORSERVE_KEY_FILE": str(key_file)}
-    )
+    outcome = up({"TENSORSERVE_MODEL_URI": str(encrypted), "TENSORSERVE_KEY_FILE": str(key_file)})
     outcome.must_be(65, f"TENSORSERVE_KEY_FILE={key_file}")
     assert WRONG_KEY.hex() not in outcome.text
 

@@ -4,7 +4,14 @@
 ``open_chunk`` opens what is sealed. ``read_tensor`` does all three for one tensor.
 """
 
-from tensorserve.format.crypto import KEY_SIZE, TagMismatchError, derive_key, nonce_at, open_chunk
+from tensorserve.format.crypto import (
+    KEY_SIZE,
+    TagMismatchError,
+    derive_key,
+    nonce_at,
+    open_chunk,
+    seal_chunk,
+)
 from tensorserve.format.dtypes import ITEM_SIZES
 from tensorserve.format.header import (
     ChunkedCipher,
@@ -24,8 +31,17 @@ from tensorserve.format.records import (
     FileIndex,
     TensorRecord,
 )
+from tensorserve.format.writer import (
+    CHUNK_BYTES,
+    Layout,
+    Sealing,
+    TensorSpec,
+    lay_out,
+    write_tensors,
+)
 
 __all__ = [
+    "CHUNK_BYTES",
     "ITEM_SIZES",
     "KEY_SIZE",
     "KIND_BUFFER",
@@ -35,11 +51,15 @@ __all__ = [
     "FileIndex",
     "FileKey",
     "HashCheck",
+    "Layout",
     "PasswordHash",
+    "Sealing",
     "TagMismatchError",
     "TensorHeader",
     "TensorRecord",
+    "TensorSpec",
     "derive_key",
+    "lay_out",
     "nonce_at",
     "open_chunk",
     "open_tensor_chunk",
@@ -47,5 +67,7 @@ __all__ = [
     "read_header",
     "read_index",
     "read_tensor",
+    "seal_chunk",
     "verify_hashes",
+    "write_tensors",
 ]

@@ -1,4 +1,4 @@
-"""How is one chunk opened, and a key derived, with libsodium?
+"""How is one chunk opened or sealed, and a key derived, with libsodium?
 
 libsodium is called through ctypes, which releases the GIL: threads decrypt in parallel.
 Primitives: crypto_secretbox (XSalsa20-Poly1305, https://doc.libsodium.org/secret-key_cryptography/
@@ -95,6 +95,10 @@ def _sodium() -> ctypes.CDLL:
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulonglong),
         *(ctypes.c_char_p, ctypes.c_char_p),
     )
+    library.crypto_secretbox_detached.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_ulonglong),
+        *(ctypes.c_char_p, ctypes.c_char_p),
+    )
     library.crypto_pwhash.argtypes = (
         *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_char_p, ctypes.c_ulonglong),
         *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_int),
@@ -134,6 +138,25 @@ def open_chunk(
         )
     if failed:
         raise TagMismatchError("The authentication tag of a chunk does not fit.")
+
+
+def seal_chunk(key: bytes, nonce: bytes, plaintext: memoryview, out: memoryview) -> bytes:
+    """Encrypts ``plaintext`` into ``out``, of the same length in bytes; gives the 16-byte tag.
+
+    ``out`` may be ``plaintext`` itself. A nonce must never be used twice with one key. ValueError
+    for lengths that do not fit. Thread-safe; releases the GIL.
+    """
+    if len(key) != KEY_SIZE or len(nonce) != NONCE_SIZE:
+        raise ValueError("key and nonce must be of 32 and 24 bytes")
+    if plaintext.nbytes != out.nbytes:
+        raise ValueError(f"{plaintext.nbytes} bytes do not fit {out.nbytes}")
+    tag = ctypes.create_string_buffer(TAG_SIZE)
+    with (
+        _address(plaintext, _CONTIGUOUS) as source,
+        _address(out, _CONTIGUOUS_WRITABLE) as target,
+    ):
+        _sodium().crypto_secretbox_detached(target, tag, source, plaintext.nbytes, nonce, key)
+    return tag.raw
 
 
 def derive_key(

@@ -99,3 +99,18 @@ def parse_dtype(raw: bytes) -> Dtype:
     if _OPAQUE_SIZES.get(carrier) != size:
         raise UnknownDtypeError(f"opaque dtype {text!r}: torch.{name} has {size} bytes an element")
     return Dtype(name, size, text)
+
+
+@lru_cache(maxsize=128)
+def raw_dtype(name: str) -> bytes:
+    """The bytes that stand for torch's dtype ``name`` in a file, as tensorizer writes them.
+
+    Raises UnknownDtypeError for one that a file cannot hold.
+    """
+    for raw, known in _NUMPY_NAMES.items():
+        if known == name:
+            return raw.encode()
+    for carrier, size in _OPAQUE_SIZES.items():
+        if ITEM_SIZES.get(name) == size:
+            return f"{carrier}{OPAQUE_SEPARATOR}torch.{name}".encode()
+    raise UnknownDtypeError(f"dtype {name!r} cannot be stored")

@@ -6,7 +6,8 @@ import re
 import ssl
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from http.client import HTTPResponse
 from typing import Protocol
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
@@ -340,10 +341,11 @@ class HttpSource:
             ) from error
         if isinstance(error, NameResolutionError):
             return TryAgain("dns", f"the name of {host} cannot be resolved")
-        if isinstance(error, ConnectTimeoutError):
-            return TryAgain("connect", f"no connection to {host} in time")
+        # NewConnectionError is a ConnectTimeoutError to urllib3: asked first.
         if isinstance(error, NewConnectionError):
             return TryAgain("connect", f"no connection to {host}: {_reason(error)}")
+        if isinstance(error, ConnectTimeoutError):
+            return TryAgain("connect", f"no connection to {host} in time")
         if isinstance(error, ReadTimeoutError | TimeoutError):
             return TryAgain("stall", f"{host} sent nothing for {self._policy.stall_timeout:g} s")
         if isinstance(error, IncompleteRead):
@@ -379,15 +381,24 @@ class _Closing:
 
 
 def _readinto(response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
-    """Straight from http.client into `buffer`: urllib3's own readinto makes a copy."""
-    raw: Callable[[memoryview], int] | None = getattr(
-        getattr(response, "_fp", None), "readinto", None
-    )
-    if raw is None:
+    """What has arrived, straight from the socket into `buffer`, without waiting for all of it.
+
+    urllib3's readinto makes a copy, and http.client's waits until the buffer is full: a stall would
+    lose what came before it, and a trickle would never be seen. So: one read of the socket's file,
+    and http.client's own count kept right, by which it knows when the connection is free again.
+    """
+    raw = getattr(response, "_fp", None)
+    if not isinstance(raw, HTTPResponse) or raw.chunked or raw.length is None:
         data = response.read(len(buffer), decode_content=False)
         buffer[: len(data)] = data
         return len(data)
-    return raw(buffer)
+    if raw.fp is None or not raw.length:
+        return 0
+    count = raw.fp.readinto1(buffer[: raw.length])
+    raw.length -= count
+    if not raw.length or not count:
+        raw.close()  # frees the connection for the next request
+    return int(count)
 
 
 def _reason(error: BaseException) -> str:

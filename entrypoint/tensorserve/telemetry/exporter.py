@@ -87,6 +87,8 @@ class Exporter(AbstractContextManager["Exporter"]):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    # socketserver's 5 lets a burst of probes wait for seconds, until TCP tries again.
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, watcher: Watcher) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET

@@ -14,6 +14,7 @@ GIB = 1024**3
 _QUIET_SECONDS = 5.0
 _REDRAW_SECONDS = 0.1
 _BAR_WIDTH = 24
+_COLUMNS = 80
 _ERASE = "\r\x1b[2K"
 
 
@@ -76,9 +77,10 @@ class ProgressView:
 
     def _columns(self) -> int:
         try:
-            return max(20, os.get_terminal_size(self._stream.fileno()).columns)
+            # 0 is what a container's terminal says until somebody tells it its size.
+            return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
         except OSError:
-            return 80  # a terminal that does not tell its size
+            return _COLUMNS
 
     def _write(self, text: str) -> None:
         if self._gone:

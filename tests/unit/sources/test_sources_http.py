@@ -10,8 +10,8 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from rangeserver import Fault, RangeServer
 
+from rangeserver import Fault, RangeServer
 from tensorserve.errors import (
     ConfigurationError,
     CorruptError,
@@ -110,23 +110,20 @@ def test_a_broken_range_goes_on_where_it_stopped(
     server: RangeServer, data: bytes, kind: str, reason: str
 ) -> None:
     """F1, F3: what has arrived is not asked for again, and the version stays bound."""
-    server.faults = [Fault(kind, times=2, after=100_000, beyond=0)]
-    source = open_source(f"{server.url}/model.tensors", ACCESS)  # the head is too short to break
-    server.faults = [Fault(kind, times=2, after=100_000, beyond=0)]
     watching = Watching()
     source = open_source(f"{server.url}/model.tensors", ACCESS, watching)
-    watching.reasons.clear()
+    server.faults = [Fault(kind, times=2, after=100_000, beyond=0)]
     assert source.read(0, SIZE) == data
-    assert server.fired[kind] >= 2
-    assert set(watching.reasons) == {reason}
+    assert server.fired[kind] == 2
+    assert watching.reasons == [reason, reason]
     starts = [int(h["Range"].split("=")[1].split("-")[0]) for _, h in server.requests[-2:]]
-    assert starts[-1] >= 100_000
+    # A reset throws away what the kernel had received and nobody had read yet.
+    assert starts[-1] >= (1 if kind == "reset" else 100_000)
     assert "If-Match" in server.requests[-1][1]
 
 
 def test_a_trickle_is_as_good_as_a_stall(server: RangeServer, data: bytes) -> None:
     """F3: a byte now and then keeps a socket alive, and a start for ever."""
-    source = open_source(f"{server.url}/model.tensors", ACCESS)
     slow = RetryPolicy(
         attempts=5, deadline=5, stall_timeout=0.4, minimum_rate=10e6, backoff_base=0.01
     )
@@ -165,7 +162,7 @@ def test_back_off_is_full_jitter_below_a_cap() -> None:
     policy = RetryPolicy(backoff_base=0.1, backoff_cap=2.0)
     for failures in range(12):
         waits = [full_jitter(failures, policy) for _ in range(200)]
-        assert 0 <= min(waits)
+        assert min(waits) >= 0
         assert max(waits) <= min(2.0, 0.1 * 2**failures)
     assert min(full_jitter(10, policy) for _ in range(500)) < 0.2
 
@@ -198,9 +195,7 @@ def test_a_server_without_ranges_is_refused_at_open(server: RangeServer) -> None
 
 
 @pytest.mark.parametrize("kind", ["wrong_range", "no_range_header"])
-def test_a_wrong_content_range_is_never_data(
-    server: RangeServer, data: bytes, kind: str
-) -> None:
+def test_a_wrong_content_range_is_never_data(server: RangeServer, data: bytes, kind: str) -> None:
     """F4: one such answer is tried again; without end it is fatal."""
     source = open_source(f"{server.url}/model.tensors", ACCESS)
     server.faults = [Fault(kind, times=1)]

@@ -19,7 +19,14 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.secret import Secret
-from tensorserve.sources import Access, NotFoundError, RetryPolicy, S3Access, list_names, open_source
+from tensorserve.sources import (
+    Access,
+    NotFoundError,
+    RetryPolicy,
+    S3Access,
+    list_names,
+    open_source,
+)
 from tensorserve.sources.s3 import S3Account, explain_code
 
 POLICY = RetryPolicy(attempts=3, deadline=5, backoff_base=0.01)

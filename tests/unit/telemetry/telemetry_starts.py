@@ -1,4 +1,4 @@
-"""Parts that the telemetry tests share: event lines with chosen times, a fake engine, a deadline."""
+"""Parts that the telemetry tests share: events at chosen times, a fake engine, a deadline."""
 
 from __future__ import annotations
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import select
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,8 +181,11 @@ def test_ready_is_announced_once_also_by_an_exporter_that_was_started_again(
     assert [e["phase"] for e in ends] == ["warmup"]
 
 
-def test_a_second_start_in_the_same_log_is_announced_again(tmp_path: Path, engine: Engine) -> None:
+def test_a_second_start_in_the_same_log_is_announced_again(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each attempt becomes ready by itself, and is not ready before."""
+    monkeypatch.setattr("tensorserve.telemetry.readiness.SECONDS_BETWEEN_PROBES_READY", 0.05)
     engine.status = 200
     log = log_start(tmp_path, engine)
     log_load(log, copied=1000, done=True)
@@ -227,13 +232,8 @@ def test_a_start_that_failed_is_never_ready(tmp_path: Path, engine: Engine) -> N
 
 def test_a_self_signed_engine_is_healthy(tmp_path: Path, engine: Engine) -> None:
     """vLLM with --ssl-certfile answers on loopback with a certificate for another name."""
-    subprocess.run(
-        "openssl req -x509 -newkey rsa:2048 -nodes -keyout k.pem -out c.pem -days 2 -subj /CN=x",
-        shell=True,
-        check=True,
-        capture_output=True,
-        cwd=tmp_path,
-    )
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout k.pem -out c.pem -subj /CN=x"
+    subprocess.run(command.split(), check=True, capture_output=True, cwd=tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "c.pem", tmp_path / "k.pem")
     engine.server.socket = context.wrap_socket(engine.server.socket, server_side=True)
@@ -335,7 +335,11 @@ def test_only_get_and_head_are_answered(tmp_path: Path) -> None:
 def test_clients_that_say_nothing_do_not_shut_out_the_probes_for_long(tmp_path: Path) -> None:
     """A flood of open connections is bounded; once they are gone, probes are answered."""
     with exporting(tmp_path) as client:
+        before = threading.active_count()
         silent = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(80)]
+        wait_for(lambda: threading.active_count() == before + 64)
+        # The ones over the bound are closed by the server instead of being kept.
+        wait_for(lambda: len(select.select(silent, [], [], 0)[0]) == 80 - 64)
         for connection in silent:
             connection.close()
         wait_for(lambda: client.status("/livez") == 200)

@@ -1,0 +1,82 @@
+# `make` lists what there is. `make demo` and `make test` install what they need, once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first Python from 3.11 on; the locks are made for 3.11 and hold for the later ones as far as their
+# wheels exist (docs/development.md).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# Where torch's CPU wheel comes from if pip's own settings do not know: an index of the PyTorch project.
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: venv ## pack, encrypt, upload and serve a real small model; ask it something; stop
+	@$(BIN)/python demo/demo.py
+
+.PHONY: serve
+serve: venv ## the demo, but serving until Ctrl-C
+	@$(BIN)/python demo/demo.py --serve
+
+.PHONY: test
+test: test-unit test-e2e ## all tests
+
+.PHONY: test-unit
+test-unit: venv ## unit tests (a minute)
+	@$(BIN)/python -m pytest tests/unit --timeout 120
+
+.PHONY: test-e2e
+test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
+	@$(BIN)/python -m pytest tests/e2e --timeout 600
+
+.PHONY: lint
+lint: venv ## ruff (format and rules), mypy, and whether the made pages are fresh
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python docs/make_configuration.py --check
+
+.PHONY: format
+format: venv ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: docs
+docs: venv ## make docs/configuration.md and the README's table anew
+	@$(BIN)/python docs/make_configuration.py
+
+.PHONY: lock
+lock: venv ## make the locks in docker/ anew
+	@$(PIP) install uv
+	@PATH=$(CURDIR)/$(BIN):$$PATH docker/lock
+
+.PHONY: clean
+clean: ## remove the environment and what the demo keeps
+	@rm -rf $(VENV) .cache
+
+.PHONY: venv
+venv: $(STAMP) ## install everything into .venv (done by the others as needed)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(STAMP): $(LOCKS) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 78; fi
+	@docker/system-packages
+	@echo "Installing into $(VENV): vLLM's CPU build, torch, test tools (some minutes, about 3 GB) ..."
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --require-hashes --no-deps --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		-r docker/requirements-cpu.lock -r docker/requirements-dev.lock -r docker/requirements-demo.lock
+	@$(PIP) install --no-deps --no-build-isolation ./docker/vllm-cpu-metadata
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,373 @@
+"""A real model, encrypted, served by real vLLM from disk, HTTP and S3, as stock vLLM serves it.
+
+Each engine costs half a minute, so one run answers several questions; each question is a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import Tensorserve, session_processes, stock_vllm
+from s3server import S3Server
+
+from rangeserver import RangeServer
+from tensorserve.cli import main as tensorserve
+from tensorserve.format import read_index, read_tensor
+from tensorserve.keys import parse_key
+from tensorserve.secret import Secret
+from tensorserve.sources import Access, S3Access, open_source
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Water boils at",
+    "Once upon a time, in a small village,",
+]
+
+
+@dataclass
+class Bundle:
+    """The model, packed and encrypted once."""
+
+    directory: Path
+    key_file: Path
+
+    @property
+    def key(self) -> bytes:
+        return self.key_file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Bundle:
+    """Made with `tensorserve pack`, as a user would."""
+    base = tmp_path_factory.mktemp("bundle")
+    made = Bundle(base / "model", base / "key")
+    words = ["pack", str(model_dir), str(made.directory), "--encrypt", "--key-file"]
+    assert tensorserve([*words, str(made.key_file)]) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def s3_uri(s3: S3Server, bucket: str, bundle: Bundle, model_dir: Path) -> str:
+    """The same model packed straight into the bucket."""
+    uri = f"s3://{bucket}/vllm/smollm2/v1"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
+        words = ["pack", str(model_dir), uri, "--encrypt", "--key-file", str(bundle.key_file)]
+        assert tensorserve(words) == 0
+    return uri
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path
+) -> list[tuple[str, list[float]]]:
+    """What stock vLLM answers from the safetensors directory."""
+    with stock_vllm(tmp_path_factory.mktemp("stock"), model_dir) as engine:
+        engine.wait_ready()
+        return engine.completions("model", PROMPTS)
+
+
+# From S3, with a canary in every secret --------------------------------------------------------
+
+
+@dataclass
+class Canaries:
+    """Secrets that must be found nowhere."""
+
+    values: dict[str, bytes]
+
+    def found_in(self, data: bytes) -> list[str]:
+        """Names of the secrets in `data`."""
+        return [name for name, value in self.values.items() if value in data]
+
+
+@dataclass
+class S3Run:
+    engine: Tensorserve
+    canaries: Canaries
+    api_key: str
+    metrics: list[bytes]
+
+
+@pytest.fixture(scope="module")
+def s3_run(
+    tmp_path_factory: pytest.TempPathFactory, s3: S3Server, s3_uri: str, bundle: Bundle
+) -> Iterator[S3Run]:
+    """`up` from S3, every secret by value in the environment of `up` itself."""
+    api_key = "canary-" + secrets.token_hex(12)
+    canaries = Canaries(
+        {
+            "key": bundle.key.hex().encode(),
+            "raw key": bundle.key,
+            "access key id": s3.access_key.encode(),
+            "secret access key": s3.secret_key.encode(),
+            "api key": api_key.encode(),
+        }
+    )
+    environ = s3.environment | {
+        "TENSORSERVE_MODEL_URI": s3_uri,
+        "TENSORSERVE_KEY": bundle.key.hex(),
+        "TENSORSERVE_VLLM_API_KEY": api_key,
+        "TENSORSERVE_VERIFY": "hashes",
+    }
+    engine = Tensorserve(tmp_path_factory.mktemp("from-s3"), environ)
+    metrics: list[bytes] = []
+    with engine:
+        # The exporter answers long before there is anything to serve.
+        engine.wait_for(lambda: engine.get("/livez", engine.metrics_port)[0] == 200, 15)
+        assert engine.get("/health")[0] == 0
+        assert engine.get("/readyz", engine.metrics_port)[0] == 503
+        metrics.append(engine.get("/metrics", engine.metrics_port)[1])
+        engine.wait_ready()
+        metrics.append(engine.get("/metrics", engine.metrics_port)[1])
+        yield S3Run(engine, canaries, api_key, metrics)
+
+
+def test_answers_from_s3_equal_those_of_stock_vllm(
+    s3_run: S3Run, reference: list[tuple[str, list[float]]]
+) -> None:
+    """Text and log-probabilities, to the last bit, through the API key."""
+    original = s3_run.engine.post
+
+    def with_key(path: str, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
+        return original(path, body, Authorization=f"Bearer {s3_run.api_key}", **headers)
+
+    s3_run.engine.post = with_key  # type: ignore[method-assign]
+    assert s3_run.engine.completions("model", PROMPTS) == reference
+    s3_run.engine.post = original  # type: ignore[method-assign]
+
+
+def test_the_api_key_guards_the_api(s3_run: S3Run) -> None:
+    """It reached vLLM, through memory."""
+    status, _ = s3_run.engine.post("/v1/completions", {"model": "model", "prompt": "x"})
+    assert status == 401
+
+
+def test_no_secret_is_found_anywhere(s3_run: S3Run) -> None:
+    """Logs, arguments, environments of all children, metrics, events, and files."""
+    engine, canaries = s3_run.engine, s3_run.canaries
+    assert engine.process is not None
+    places: dict[str, bytes] = {"log": engine.log.read_bytes()}
+    pids = session_processes(engine.process.pid)
+    assert len(pids) >= 6, "up, supervisord, watch, engine, exporter, vLLM and its workers"
+    for pid in pids:
+        if pid != engine.process.pid:  # the user gave them to this one
+            places[f"environ of {pid}"] = Path(f"/proc/{pid}/environ").read_bytes()
+        places[f"cmdline of {pid}"] = Path(f"/proc/{pid}/cmdline").read_bytes()
+    for number, text in enumerate(s3_run.metrics):
+        places[f"metrics {number}"] = text
+    for path in ("/startupz", "/readyz", "/"):
+        places[path] = engine.get(path, engine.metrics_port)[1]
+    for path in engine.state_dir.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            places[str(path)] = path.read_bytes()
+    assert any("events.jsonl" in name for name in places)
+    found = {name: hit for name, data in places.items() if (hit := canaries.found_in(data))}
+    assert not found
+
+
+def test_nothing_decrypted_lies_in_a_file(s3_run: S3Run, model_dir: Path) -> None:
+    """No weights in the state directory: only small files."""
+    sizes = [p.stat().st_size for p in s3_run.engine.state_dir.rglob("*") if p.is_file()]
+    assert max(sizes) < (model_dir / "model.safetensors").stat().st_size / 10
+
+
+def test_every_documented_metric_is_there(s3_run: S3Run) -> None:
+    """After a start, each has a sample, and the stages' bytes are the file's."""
+    engine = s3_run.engine
+    size = engine.metric("tensorserve_load_size_bytes", rank="0")
+    assert size
+    for stage in ("fetch", "decrypt", "copy"):
+        assert engine.metric("tensorserve_load_bytes_total", rank="0", stage=stage) == size
+        seconds = engine.metric("tensorserve_load_stage_seconds_total", rank="0", stage=stage)
+        assert seconds
+        assert seconds > 0
+    assert engine.metric("tensorserve_ready") == 1
+    assert engine.metric("tensorserve_load_progress_ratio", rank="0") == 1
+    assert engine.metric("tensorserve_startup_seconds")
+    assert engine.metric("tensorserve_build_info") == 1
+    assert engine.metric("tensorserve_fetch_requests_total")
+    for phase in ("preflight", "artifacts", "import", "init", "load", "postprocess", "warmup"):
+        assert engine.metric("tensorserve_phase_duration_seconds", phase=phase) is not None
+
+
+def test_the_phases_add_up_to_the_start(s3_run: S3Run) -> None:
+    """No gap that nobody accounts for, but our own first moments."""
+    status, body = s3_run.engine.get("/startupz", s3_run.engine.metrics_port)
+    assert status == 200
+    told = json.loads(body)
+    assert told["ready"] is True
+    assert told["progress"] == 1
+    assert sum(told["phases"].values()) <= told["startup_seconds"] + 0.1
+    assert sum(told["phases"].values()) >= told["startup_seconds"] - 3
+
+
+def test_a_dead_exporter_restarts_alone(s3_run: S3Run) -> None:
+    """F14: the engine never notices, and the metrics come back whole."""
+    engine = s3_run.engine
+    pid = process_of(engine, "exporter")
+    os.kill(pid, signal.SIGKILL)
+    engine.wait_for(lambda: process_of(engine, "exporter") not in {0, pid}, 20)
+    engine.wait_for(lambda: engine.get("/readyz", engine.metrics_port)[0] == 200, 20)
+    assert engine.metric("tensorserve_load_bytes_total", stage="copy")
+    assert [e["event"] for e in engine.events()].count("ready") == 1
+    assert engine.get("/health")[0] == 200
+
+
+def test_a_dead_engine_ends_the_container_with_its_code(s3_run: S3Run) -> None:
+    """F13: vLLM's server is killed; nothing stays behind."""
+    engine = s3_run.engine
+    assert engine.process is not None
+    session = engine.process.pid
+    os.kill(process_of(engine, "vllm"), signal.SIGKILL)
+    assert engine.process.wait(20) == 128 + signal.SIGKILL
+    assert session_processes(session) == []
+
+
+def process_of(engine: Tensorserve, what: str) -> int:
+    """The process of `tensorserve <what>`, or `vllm serve`; 0 if there is none."""
+    assert engine.process is not None
+    for pid in session_processes(engine.process.pid):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue
+        names = [Path(os.fsdecode(word)).name for word in words]
+        wanted = ["vllm", "serve"] if what == "vllm" else ["tensorserve", what]
+        if any(list(pair) == wanted for pair in itertools.pairwise(names)):
+            return pid
+    return 0
+
+
+# From HTTP, slowed ------------------------------------------------------------------------------
+
+
+def test_from_http_progress_is_seen_and_answers_are_equal(
+    tmp_path: Path, bundle: Bundle, reference: list[tuple[str, list[float]]]
+) -> None:
+    """A slowed server, so that there is a middle to look at."""
+    seen: list[float] = []
+    with RangeServer(bundle.directory, bytes_per_second=60e6) as server:
+        environ = {
+            "TENSORSERVE_MODEL_URI": server.url,
+            "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+        }
+        with Tensorserve(tmp_path, environ) as engine:
+
+            def ready() -> bool:
+                ratio = engine.metric("tensorserve_load_progress_ratio", rank="0")
+                if ratio is not None:
+                    seen.append(ratio)
+                return engine.get("/readyz", engine.metrics_port)[0] == 200
+
+            engine.wait_for(ready, 240)
+            assert [ratio for ratio in seen if 0 < ratio < 1], seen
+            assert seen == sorted(seen)
+            size = engine.metric("tensorserve_load_size_bytes", rank="0")
+            for stage in ("fetch", "decrypt", "copy"):
+                assert engine.metric("tensorserve_load_bytes_total", stage=stage) == size
+            assert engine.completions("model", PROMPTS) == reference
+            started = time.monotonic()
+            assert engine.stop() == 143
+            assert time.monotonic() - started < 10
+        assert "load took" in engine.text, "plain lines where there is no terminal"
+
+
+# SIGTERM in the middle --------------------------------------------------------------------------
+
+
+def test_sigterm_in_the_middle_of_a_load(tmp_path: Path, bundle: Bundle) -> None:
+    """F12: gone within 5 s, no process left, exit code 143."""
+    with RangeServer(bundle.directory, bytes_per_second=5e6) as server:
+        environ = {
+            "TENSORSERVE_MODEL_URI": server.url,
+            "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+        }
+        with Tensorserve(tmp_path, environ) as engine:
+            engine.wait_for(lambda: any(e["event"] == "load_plan" for e in engine.events()), 240)
+            assert engine.process is not None
+            session = engine.process.pid
+            assert len(session_processes(session)) >= 6
+            started = time.monotonic()
+            engine.process.send_signal(signal.SIGTERM)
+            assert engine.process.wait(10) == 143
+            assert time.monotonic() - started < 5
+            assert session_processes(session) == []
+
+
+# From disk --------------------------------------------------------------------------------------
+
+
+def test_from_disk_answers_are_equal(
+    tmp_path: Path, bundle: Bundle, reference: list[tuple[str, list[float]]]
+) -> None:
+    """And flags from the command line win."""
+    environ = {
+        "TENSORSERVE_MODEL_URI": str(bundle.directory),
+        "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+    }
+    with Tensorserve(tmp_path, environ, "--max-model-len", "256") as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == reference
+        status, models = engine.get("/v1/models")
+        assert status == 200
+        assert json.loads(models)["data"][0]["max_model_len"] == 256
+        assert engine.stop() == 143
+
+
+# Without an engine ------------------------------------------------------------------------------
+
+
+def test_every_tensor_through_every_source_is_bit_identical(
+    s3: S3Server, s3_uri: str, bundle: Bundle, model_dir: Path
+) -> None:
+    """S3, HTTP and disk give the source model's bytes."""
+    from safetensors import safe_open
+
+    key = parse_key(Secret(bundle.key))
+    access = Access(
+        s3=S3Access(
+            endpoint_url=s3.endpoint_url,
+            region="us-east-1",
+            access_key_id=Secret(s3.access_key),
+            secret_access_key=Secret(s3.secret_key),
+        )
+    )
+    with RangeServer(bundle.directory) as server:
+        uris = [s3_uri, server.url, str(bundle.directory)]
+        sources = [open_source(f"{uri}/model.tensors", access) for uri in uris]
+        indexes = [read_index(source) for source in sources]
+        with safe_open(model_dir / "model.safetensors", "pt") as original:
+            names = set(original.keys())
+            for index in indexes:
+                assert {record.name for record in index.tensors} == names
+            for records in zip(*(index.tensors for index in indexes), strict=True):
+                wanted = original.get_tensor(records[0].name)
+                wanted_bytes = wanted.view(-1).view(dtype=_uint8()).numpy().tobytes()
+                for source, record, index in zip(sources, records, indexes, strict=True):
+                    assert record.shape == tuple(wanted.shape)
+                    assert bytes(read_tensor(source, record, index, key)) == wanted_bytes
+
+
+def _uint8() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def test_a_load_leaves_no_thread_of_ours_behind() -> None:
+    """The tests above ran sources in this process too."""
+    assert not [t for t in threading.enumerate() if t.name.startswith("tensorserve")]
