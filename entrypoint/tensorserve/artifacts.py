@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tensorserve import sources
 from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.manifest import MANIFEST, read_manifest
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, NotFoundError
 
-MANIFEST = "manifest.json"
 # Weights in any format: ours are streamed, others are not used.
 WEIGHT_SUFFIXES = (
     ".tensors",
@@ -55,7 +53,7 @@ def artifact_names(
     else:
         manifest = read_manifest(bundle_uri, access)
         listed = (
-            {entry["name"]: entry["size"] for entry in manifest["files"]}
+            {entry.name: entry.size for entry in manifest.files}
             if manifest
             else dict.fromkeys(KNOWN_NAMES)
         )
@@ -67,29 +65,6 @@ def artifact_names(
         and not any(part.startswith(".") for part in PurePosixPath(name).parts)
         and (remote_code or not name.endswith(".py"))
     }
-
-
-def read_manifest(bundle_uri: str, access: Access) -> dict[str, Any] | None:
-    """The bundle's manifest, or None where it has none. Raises CorruptError if it is not one."""
-    try:
-        source = sources.open_source(sources.join(bundle_uri, MANIFEST), access)
-    except NotFoundError:
-        return None
-    try:
-        if source.size > 64 * 1024**2:
-            raise CorruptError(f"{source.name} is {source.size} bytes, too large for a manifest.")
-        manifest = json.loads(source.read(0, source.size))
-        for entry in manifest["files"]:
-            if not isinstance(entry["name"], str) or not isinstance(entry["size"], int):
-                raise TypeError(f"bad entry {entry!r}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptError(
-            f"{source.name} is not a manifest: {error}.", hint="Pack the bundle again."
-        ) from error
-    finally:
-        source.close()
-    assert isinstance(manifest, dict)
-    return manifest
 
 
 def fetch_artifacts(

@@ -223,16 +223,20 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             "--encrypt needs a key.",
             hint="Add --key-file PATH (made if it does not exist) or --passphrase-file PATH.",
         )
+    if options.passphrase_file and not options.encrypt:
+        raise UsageError("--passphrase-file without --encrypt.", hint="Add --encrypt.")
     access, _ = _access(environ)
     key, passphrase = prepare_key(options.key_file, options.passphrase_file)
-    result = pack(
-        options.source,
-        options.destination,
-        key=key,
-        passphrase=passphrase,
-        access=access,
-        overwrite=options.overwrite,
-    )
+    with _ByteBar("packing") as bar:
+        result = pack(
+            options.source,
+            options.destination,
+            key=key,
+            passphrase=passphrase,
+            access=access,
+            overwrite=options.overwrite,
+            progress=bar,
+        )
     print(result)
     return 0
 
@@ -241,8 +245,34 @@ def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.verifying import verify
 
     access, key = _access(environ)
-    verify(options.uri, access, key, print)
+    with _ByteBar("verifying") as bar:
+        verify(options.uri, access, key, bar.print, bar)
     return 0
+
+
+class _ByteBar:
+    """tqdm's bar on a terminal, nothing elsewhere; called with (bytes done, bytes in all)."""
+
+    def __init__(self, what: str) -> None:
+        from tqdm import tqdm
+
+        hidden = not sys.stderr.isatty()
+        self._bar: Any = tqdm(unit="B", unit_scale=True, desc=what, disable=hidden, leave=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def print(self, line: str) -> None:
+        """A line of output that does not tear the bar."""
+        self._bar.clear()
+        print(line, flush=True)
+
+    def __enter__(self) -> _ByteBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from tensorserve.launch import receive_start
-from tensorserve.telemetry import EventLog, events_path, read_events
+from tensorserve.telemetry import EventLog, events_path, fold, read_events
 
 # A start that is told to stop is gone within 5 s (docker's default patience is 10 s): nothing that
 # vLLM does while loading is worth waiting for.
@@ -37,7 +37,7 @@ def run_engine(serve: Callable[[], int]) -> int:
     def stop(_number: int, _frame: FrameType | None) -> None:
         nonlocal deadline
         if deadline is None:
-            serving = any(event["event"] == "ready" for event in read_events(path))
+            serving = fold(read_events(path)).ready
             seconds = drain + STOP_SECONDS_SERVING if serving else STOP_SECONDS_LOADING
             deadline = time.monotonic() + seconds
         _signal_quietly(child, signal.SIGTERM)
@@ -55,6 +55,13 @@ def run_engine(serve: Callable[[], int]) -> int:
     _signal_group(child, signal.SIGKILL)  # workers that outlived their parent
     code = os.waitstatus_to_exitcode(status)
     code = 128 - code if code < 0 else code
+    failure = fold(read_events(path)).failure
+    if deadline is not None:
+        # Killed because it was told to stop and did not in time: that is stopping, not crashing.
+        code = 128 + signal.SIGTERM
+    elif failure is not None:
+        # Our loader failed inside vLLM, which ends with 1 whatever the reason.
+        code = failure.exit_code
     EventLog(path).emit("engine_exit", code=code)
     return code
 

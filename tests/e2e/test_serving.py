@@ -283,7 +283,7 @@ def test_from_http_progress_is_seen_and_answers_are_equal(
             started = time.monotonic()
             assert engine.stop() == 143
             assert time.monotonic() - started < 10
-        assert "load took" in engine.text, "plain lines where there is no terminal"
+        assert "tensorserve: load" in engine.text, "plain lines where there is no terminal"
 
 
 # SIGTERM in the middle --------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class GivenKey:
         """Where the key came from; never the key."""
         return self._key.origin
 
+    def reveal(self) -> bytes:
+        """The 32 bytes, for sealing with."""
+        return self._key.reveal()
+
     def for_header(self, header: TensorHeader) -> bytes:  # noqa: ARG002 - FileKey's interface
         """The key itself: a derived key, given as such, opens a passphrase's file too."""
         return self._key.reveal()
@@ -52,6 +56,15 @@ class Passphrase:
     def origin(self) -> str:
         """Where the passphrase came from; never the passphrase."""
         return self._passphrase.origin
+
+    def derive(self, parameters: PasswordHash) -> bytes:
+        """The key that `parameters` make of the passphrase, for sealing with."""
+        return derive_key(
+            self._passphrase.reveal(),
+            salt=parameters.salt,
+            passes=parameters.passes,
+            memory=parameters.memory,
+        )
 
     def for_header(self, header: TensorHeader) -> bytes:
         """The key of the file that ``header`` is from, derived once for equal parameters.

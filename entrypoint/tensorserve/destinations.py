@@ -1,0 +1,231 @@
+"""Where does a new bundle go: a directory or a prefix of S3, all of it or nothing?
+
+A directory appears under its name in one step. On S3 nothing like that exists: there manifest.json
+comes last, and while an old bundle is replaced its old manifest refuses the new weights.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.format.writer import Output
+from tensorserve.manifest import MANIFEST, read_manifest
+from tensorserve.secret import redact_uri
+from tensorserve.sources import Access, list_names
+
+_DISK_HINT = "Is the disk full or read-only? Pack to another one, or to s3://bucket/prefix."
+
+
+class Destination(ABC):
+    """A bundle under construction: `create` its files, then `commit` or `discard`."""
+
+    @abstractmethod
+    def create(self, name: str, size: int) -> AbstractContextManager[Output]:
+        """`with destination.create(name, size) as out:`; `size` bytes are going to be written."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """The bundle is complete: it takes its name, and what it replaces goes."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Removes what was written. May be called at any time, also twice."""
+
+
+def open_destination(uri: str, access: Access, *, overwrite: bool, needed: int) -> Destination:
+    """Prepares to write `needed` bytes to `uri`, a directory or s3://bucket/prefix.
+
+    Raises ConfigurationError if something is there already (unless it is a bundle and `overwrite`),
+    if the disk is too small or cannot be written, and the sources' errors.
+    """
+    if uri.startswith("s3://"):
+        return _Prefix(uri, access, overwrite=overwrite)
+    if "://" in uri and not uri.startswith("file://"):
+        raise ConfigurationError(
+            f"{redact_uri(uri)}: a bundle cannot be written there.",
+            hint="Use a directory or s3://bucket/prefix.",
+        )
+    from tensorserve.sources.local import local_path
+
+    path = local_path(uri)
+    with _explained(path):
+        return _Directory(path, access, overwrite=overwrite, needed=needed)
+
+
+class _Directory(Destination):
+    """A directory. It is built beside its place, or inside of it where it exists already (it may
+    be a mount, which cannot be renamed)."""
+
+    def __init__(self, path: Path, access: Access, *, overwrite: bool, needed: int) -> None:
+        self._path = path.resolve()
+        self._exists = self._path.exists()
+        self._stale: set[str] = set()
+        if self._exists:
+            if not self._path.is_dir():
+                raise ConfigurationError(
+                    f"{path} is a file.", hint="Give the name of a new directory."
+                )
+            present = {child.name for child in self._path.iterdir()}
+            if _refuse_present(str(path), present, overwrite=overwrite):
+                self._stale = _names_of_old(str(self._path), access)
+        parent = self._path if self._exists else self._path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise ConfigurationError(
+                f"{parent} has {free} bytes free, the bundle needs {needed}.",
+                hint="Pack to a larger disk, or to s3://bucket/prefix (without a copy on disk).",
+            )
+        self._staging = parent / f".{self._path.name}.packing-{secrets.token_hex(4)}"
+        self._staging.mkdir()
+        self._names: list[str] = []
+
+    def create(self, name: str, size: int) -> AbstractContextManager[Output]:  # noqa: ARG002 - Destination's interface
+        return self._create(name)
+
+    @contextmanager
+    def _create(self, name: str) -> Iterator[Output]:
+        target = self._staging / name
+        with _explained(self._path / name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = target.open("xb")
+        with file:
+            yield _ExplainedFile(file, self._path / name)
+            with _explained(self._path / name):
+                file.flush()
+                os.fsync(file.fileno())
+        self._names.append(name)
+
+    def commit(self) -> None:
+        with _explained(self._path):
+            if not self._exists:
+                self._staging.rename(self._path)
+                _sync_directory(self._path.parent)
+                return
+            # manifest.json was written last: until it is moved, the old one refuses new weights.
+            for name in self._names:
+                target = self._path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._staging / name).replace(target)
+            for name in self._stale.difference(self._names):
+                (self._path / name).unlink(missing_ok=True)
+            _sync_directory(self._path)
+            shutil.rmtree(self._staging)
+
+    def discard(self) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+
+class _Prefix(Destination):
+    """A prefix of an S3 bucket."""
+
+    def __init__(self, uri: str, access: Access, *, overwrite: bool) -> None:
+        # Not at import: botocore costs a third of a second.
+        from tensorserve.sources.s3 import account_for, split_s3
+        from tensorserve.uploading import Bucket
+
+        bucket, key = split_s3(uri)
+        self._prefix = key.rstrip("/") + "/" if key.strip("/") else ""
+        account = account_for(access.s3)
+        self._present = set(list_names(uri, access) or ())
+        direct = {name for name in self._present if "/" not in name}
+        self._stale: set[str] = set()
+        if _refuse_present(uri, direct, overwrite=overwrite):
+            self._stale = _names_of_old(uri, access)
+        self._bucket = Bucket(account.client(), bucket, account.region)
+        self._names: list[str] = []
+
+    def create(self, name: str, size: int) -> AbstractContextManager[Output]:
+        return self._create(name, size)
+
+    @contextmanager
+    def _create(self, name: str, size: int) -> Iterator[Output]:
+        from tensorserve.uploading import Upload
+
+        upload = Upload(self._bucket, self._prefix + name, size)
+        try:
+            yield upload
+            # Before, not after: where the answer is lost, the object may be there all the same.
+            self._names.append(name)
+            upload.finish()
+        except BaseException:
+            upload.abort()
+            raise
+
+    def commit(self) -> None:
+        for name in sorted(self._stale.difference(self._names)):
+            self._bucket.delete(self._prefix + name)
+        self._names.clear()
+
+    def discard(self) -> None:
+        # What stood there before and was replaced is left: deleting it would not bring it back.
+        while self._names:
+            name = self._names.pop()
+            if name not in self._present:
+                self._bucket.delete(self._prefix + name)
+
+
+class _ExplainedFile:
+    """A file whose errors name it."""
+
+    def __init__(self, file: Output, path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        with _explained(self._path):
+            self._file.write(data)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} could not be written: {error.strerror or error}.", hint=_DISK_HINT
+        ) from error
+
+
+def _refuse_present(name: str, present: set[str], *, overwrite: bool) -> bool:
+    """Whether a bundle stands there that is to be replaced."""
+    present = {n for n in present if not n.startswith(".") and n != "lost+found"}
+    if not present:
+        return False
+    if not any(n == MANIFEST or n.endswith(".tensors") for n in present):
+        raise ConfigurationError(
+            f"{redact_uri(name)} holds other files ({min(present)}, …) and is not a bundle.",
+            hint="Give a new directory or prefix; only a bundle can be replaced.",
+        )
+    if not overwrite:
+        raise ConfigurationError(
+            f"{redact_uri(name)} is a bundle already.",
+            hint="Give a new name (running servers keep theirs), or add --overwrite.",
+        )
+    return True
+
+
+def _names_of_old(uri: str, access: Access) -> set[str]:
+    """What the bundle that is replaced consists of, as far as its manifest says."""
+    try:
+        old = read_manifest(uri, access)
+    except (CorruptError, ConfigurationError):
+        return set()  # a damaged one, or a later version's: it is going to be replaced
+    if old is None:
+        return set()
+    return {entry.name for entry in old.files} | set(old.tensors_files)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
