@@ -17,17 +17,18 @@ from tensorserve import __version__
 from tensorserve.checkpoint import Checkpoint, CheckpointReader, read_checkpoint
 from tensorserve.destinations import Destination, open_destination
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
-from tensorserve.format import KEY_SIZE, FileKey
-from tensorserve.format.sealing import fresh_password_hash
-from tensorserve.format.writer import CHUNK_SIZE, FilePlan, TensorSpec, plan_file, write_file
-from tensorserve.keys import parse_key, parse_passphrase
-from tensorserve.manifest import (
-    MANIFEST,
-    Encryption,
-    FileEntry,
-    Manifest,
-    TensorsEntry,
+from tensorserve.format import (
+    CHUNK_BYTES,
+    KEY_SIZE,
+    FileKey,
+    FilePlan,
+    TensorSpec,
+    fresh_password_hash,
+    plan_file,
+    write_file,
 )
+from tensorserve.keys import parse_key, parse_passphrase
+from tensorserve.manifest import MANIFEST, Encryption, FileEntry, Manifest, TensorsEntry
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
@@ -113,7 +114,7 @@ def pack(
             tensors_files={TENSORS_NAME: tensors},
             encryption=None
             if opened_by is None
-            else Encryption(CIPHER, CHUNK_SIZE, "key" if passphrase is None else "passphrase"),
+            else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
             made_by={"tensorserve": __version__},
         ).to_json()
         with destination.create(MANIFEST, len(manifest)) as out:

@@ -1,7 +1,8 @@
-"""The .tensors file format (tensorizer's), read with nothing taken on trust.
+"""The .tensors file format (tensorizer's), read with nothing taken on trust, and written.
 
 ``read_index`` gives what a file holds; ``parse_header`` how each tensor is sealed and hashed;
 ``open_chunk`` opens what is sealed. ``read_tensor`` does all three for one tensor.
+``plan_file`` says how a new file will look, ``write_file`` writes it from front to back.
 """
 
 from tensorserve.format.crypto import (
@@ -33,11 +34,11 @@ from tensorserve.format.records import (
 )
 from tensorserve.format.writer import (
     CHUNK_BYTES,
-    Layout,
-    Sealing,
+    FilePlan,
     TensorSpec,
-    lay_out,
-    write_tensors,
+    fresh_password_hash,
+    plan_file,
+    write_file,
 )
 
 __all__ = [
@@ -50,24 +51,24 @@ __all__ = [
     "ChunkedCipher",
     "FileIndex",
     "FileKey",
+    "FilePlan",
     "HashCheck",
-    "Layout",
     "PasswordHash",
-    "Sealing",
     "TagMismatchError",
     "TensorHeader",
     "TensorRecord",
     "TensorSpec",
     "derive_key",
-    "lay_out",
+    "fresh_password_hash",
     "nonce_at",
     "open_chunk",
     "open_tensor_chunk",
     "parse_header",
+    "plan_file",
     "read_header",
     "read_index",
     "read_tensor",
     "seal_chunk",
     "verify_hashes",
-    "write_tensors",
+    "write_file",
 ]

@@ -19,15 +19,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.format.crypto import ALGORITHM_ARGON2ID13, TAG_SIZE, nonce_at
-from tensorserve.format.dtypes import ITEM_SIZES, parse_dtype
+from tensorserve.format.crypto import (
+    ALGORITHM_ARGON2ID13,
+    NONCE_SIZE,
+    SALT_SIZE,
+    TAG_SIZE,
+    nonce_at,
+    seal_chunk,
+)
+from tensorserve.format.dtypes import ITEM_SIZES, OPAQUE_SEPARATOR, raw_dtype
 from tensorserve.format.header import FileKey, PasswordHash, parse_header
 from tensorserve.format.index import MAGIC, MAX_METADATA, TERMINATOR_SIZE, read_index
 from tensorserve.format.names import BadNameError, parse_name
 from tensorserve.format.records import KIND_STATE_DICT, FileIndex, TensorRecord
-from tensorserve.format.sealing import fresh_nonce, seal_chunk
 
-CHUNK_SIZE = 2 * 1024**2  # bytes, tensorizer's
+CHUNK_BYTES = 2 * 1024**2  # bytes, tensorizer's
 # Read, hashed and written at once; a multiple of the chunk size.
 _STEP = 8 * 1024**2
 _MAX_NAME = 2**16 - 1  # bytes: its length has 16 bits
@@ -38,9 +44,9 @@ _LONG_DIMENSION = 2**32  # from here on, dimensions take 8 bytes each
 _PLAIN_VERSION, _OPAQUE_VERSION, _ENCRYPTED_VERSION, _FLAGS_VERSION, _LONG_VERSION = 1, 2, 3, 4, 5
 _FLAG_ENCRYPTED, _FLAG_VERSIONED_ENTRIES = 1, 2
 
-_NUMPY_DTYPES = "|b1 |u1 <u2 <u4 <u8 |i1 <i2 <i4 <i8 <f2 <f4 <f8 <c8 <c16"
-_RAW_DTYPES = {parse_dtype(raw.encode()).name: raw for raw in _NUMPY_DTYPES.split()}
-_CARRIERS = {1: "|V1", 2: "<V2", 4: "<V4", 8: "<V8"}
+# libsodium's "moderate" preset, which tensorizer's EncryptionParams.from_string uses:
+# about half a second and 256 MiB (https://doc.libsodium.org/password_hashing/default_phf).
+_MODERATE_PASSES, _MODERATE_MEMORY = 3, 256 * 1024**2
 
 
 class Output(Protocol):
@@ -76,9 +82,9 @@ class FilePlan:
 ReadTensor = Callable[[TensorRecord, int, memoryview], None]
 
 
-def raw_dtype(name: str) -> str:
-    """The dtype string that tensorizer writes for torch's dtype ``name``."""
-    return _RAW_DTYPES.get(name) or f"{_CARRIERS[ITEM_SIZES[name]]}\0torch.{name}"
+def fresh_password_hash() -> PasswordHash:
+    """How a new file's key comes from its passphrase: tensorizer's defaults and a random salt."""
+    return PasswordHash(_MODERATE_PASSES, _MODERATE_MEMORY, os.urandom(SALT_SIZE))
 
 
 def plan_file(
@@ -92,6 +98,7 @@ def plan_file(
     specs = tuple(specs)
     long = any(_is_long(spec) for spec in specs)
     raw_names = [_raw_name(spec) for spec in specs]
+    _refuse_duplicates(specs)
     metadata_length = sum(
         (4 if long else 0)
         + (2 + len(raw_name) + 1 + 1 + len(raw_dtype(spec.dtype)) + 1)
@@ -106,7 +113,7 @@ def plan_file(
         )
     version = max(
         _PLAIN_VERSION,
-        _OPAQUE_VERSION if any("\0" in raw_dtype(spec.dtype) for spec in specs) else 0,
+        _OPAQUE_VERSION if any(_is_opaque(spec) for spec in specs) else 0,
         _ENCRYPTED_VERSION if encrypted else 0,
         _LONG_VERSION if long else 0,
     )
@@ -157,7 +164,7 @@ def write_file(
     out.write(plan.prologue)
     buffer = memoryview(bytearray(max(tensor.length for tensor in tensors)))
     # One random start for the file, counted on from chunk to chunk: no nonce comes twice.
-    start, used = fresh_nonce(), 0
+    start, used = os.urandom(NONCE_SIZE), 0
     threads = min(4, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-seal") as pool:
         for record in tensors:
@@ -200,10 +207,10 @@ def _take(
             continue
         assert secret is not None
         # Hashed already, so other cores may encrypt it in place while the next piece is read.
-        for at in range(begin, begin + len(piece), CHUNK_SIZE):
-            number = nonce_at(nonce, at // CHUNK_SIZE)
-            chunk = data[at : min(at + CHUNK_SIZE, record.length)]
-            jobs.append(pool.submit(seal_chunk, secret, number, chunk))
+        for at in range(begin, begin + len(piece), CHUNK_BYTES):
+            number = nonce_at(nonce, at // CHUNK_BYTES)
+            chunk = data[at : min(at + CHUNK_BYTES, record.length)]
+            jobs.append(pool.submit(seal_chunk, secret, number, chunk, chunk))
     tags = b"".join(job.result() for job in jobs)
     hashes = _hashes(None if sealed else crc32, sha256.digest())
     return _header(record, hashes, _crypto(plan, record, nonce, tags))
@@ -223,8 +230,12 @@ def _is_long(spec: TensorSpec) -> bool:
     return any(dimension >= _LONG_DIMENSION for dimension in spec.shape)
 
 
+def _is_opaque(spec: TensorSpec) -> bool:
+    return OPAQUE_SEPARATOR.encode() in raw_dtype(spec.dtype)
+
+
 def _chunks(length: int) -> int:
-    return -(-length // CHUNK_SIZE)
+    return -(-length // CHUNK_BYTES)
 
 
 def _raw_name(spec: TensorSpec) -> bytes:
@@ -233,15 +244,23 @@ def _raw_name(spec: TensorSpec) -> bytes:
         if parse_name(raw) != spec.name:
             raise BadNameError("would be read as a path")
     except (BadNameError, UnicodeEncodeError) as error:
-        raise ConfigurationError(f"The tensor name {spec.name!r} cannot be stored: {error}.") from (
-            error
-        )
+        raise ConfigurationError(
+            f"A tensor called {spec.name!r} cannot be stored: its name {error}."
+        ) from error
     if len(raw) > _MAX_NAME or len(spec.shape) > _MAX_DIMENSIONS:
         raise ConfigurationError(
             f"Tensor {spec.name[:80]!r}: its name has {len(raw)} bytes and it has "
             f"{len(spec.shape)} dimensions; {_MAX_NAME} and {_MAX_DIMENSIONS} can be stored."
         )
     return raw
+
+
+def _refuse_duplicates(specs: tuple[TensorSpec, ...]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise ConfigurationError(f"Two tensors are called {spec.name!r}.")
+        seen.add(spec.name)
 
 
 def _place(
@@ -270,7 +289,7 @@ def _place(
         header_offset=offset,
         data_offset=offset + length,
         length=spec.length,
-        raw_dtype=raw,
+        raw_dtype=raw.decode(),
         raw_name=raw_name,
         is_meta=False,
         long_shape=_is_long(spec),
@@ -337,7 +356,7 @@ def _crypto(plan: FilePlan, record: TensorRecord, nonce: bytes, tags: bytes) -> 
         if plan.derivation is not None:
             entries.append(_derivation(plan.derivation))
         count = _chunks(record.length)
-        cipher = struct.pack("<HQ24sQ", 2, CHUNK_SIZE, nonce, count)
+        cipher = struct.pack("<HQ24sQ", 2, CHUNK_BYTES, nonce, count)
         entries.append(cipher + tags.ljust(count * TAG_SIZE, b"\0"))
     sized = b"".join(struct.pack("<Q", len(entry)) + entry for entry in entries)
     return struct.pack("<QH", 2 + len(sized), len(entries)) + sized

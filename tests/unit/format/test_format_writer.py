@@ -7,148 +7,250 @@ from pathlib import Path
 import pytest
 import torch
 from tensorizer import DecryptionParams, TensorDeserializer
-from tensors_samples import FixedKey, MemorySource
+from tensors_samples import (
+    KEY,
+    PASSPHRASE,
+    FixedKey,
+    MemorySource,
+    tensor_bytes,
+    we_read,
+    write,
+)
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import (
+    ITEM_SIZES,
+    FileKey,
+    FilePlan,
     PasswordHash,
-    Sealing,
+    TensorRecord,
     TensorSpec,
-    derive_key,
-    lay_out,
+    fresh_password_hash,
+    plan_file,
+    read_header,
     read_index,
-    read_tensor,
-    write_tensors,
+    write_file,
 )
+from tensorserve.format.dtypes import parse_dtype, raw_dtype
+from tensorserve.keys import parse_passphrase
+from tensorserve.secret import Secret
 
-KEY = bytes(range(32))
 DTYPES = [
-    "float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-    "int8", "uint8", "int16", "int32", "int64", "bool", "complex64",
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+    "float16", "bfloat16", "float32", "float64", "complex64",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]  # fmt: skip
-DERIVATION = PasswordHash(passes=1, memory=8192, salt=bytes(16))
-SEALINGS = {
-    "plain": None,
-    "key": Sealing(KEY),
-    "passphrase": Sealing(
-        derive_key(b"open sesame", salt=DERIVATION.salt, passes=1, memory=8192), DERIVATION
-    ),
-}
+CHEAP = PasswordHash(passes=1, memory=8192, salt=bytes(range(16)))
+KINDS = ("plain", "key", "passphrase")
 
 
-def data_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def key_of(kind: str) -> FileKey | None:
+    if kind == "passphrase":
+        return parse_passphrase(Secret(PASSPHRASE))
+    return FixedKey() if kind == "key" else None
 
 
-def written(tensors: dict[str, torch.Tensor], sealing: Sealing | None) -> bytes:
-    specs = [
-        TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape))
-        for name, t in tensors.items()
-    ]
-    layout = lay_out(specs, sealing)
-    out = bytearray()
-    write_tensors(layout, out.extend, lambda spec: data_of(tensors[spec.name]), sealing)
-    assert len(out) == layout.size
-    assert read_index(MemorySource(bytes(out))).digest == layout.index_digest
+def planned(tensors: dict[str, torch.Tensor], kind: str) -> FilePlan:
+    return plan_file(
+        (
+            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ),
+        encrypted=kind != "plain",
+        derivation=CHEAP if kind == "passphrase" else None,
+    )
+
+
+def written(tensors: dict[str, torch.Tensor], kind: str) -> bytes:
+    contents = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
+
+    def read(record: TensorRecord, start: int, buffer: memoryview) -> None:
+        buffer[:] = contents[record.name][start : start + len(buffer)]
+
+    class Output(bytearray):
+        def write(self, data: bytes | memoryview, /) -> None:
+            self.extend(data)
+
+    out = Output()
+    write_file(out, planned(tensors, kind), read, key=key_of(kind))
     return bytes(out)
 
 
 def samples() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    made = {
-        f"layer.{dtype}": torch.randint(0, 2, (3, 5), generator=generator).to(getattr(torch, dtype))
-        for dtype in DTYPES
-    }
+
+    def noise(count: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+
+    made = {}
+    for dtype in DTYPES:
+        values = noise(15 * ITEM_SIZES[dtype])
+        if dtype == "bool":
+            values = values % 2
+        made[f"layer.{dtype}"] = values.view(getattr(torch, dtype)).reshape(3, 5)
     made["scalar"] = torch.tensor(3.5)
-    made["chunks"] = torch.randint(
-        0, 256, (5 * 1024**2 + 7,), dtype=torch.uint8, generator=generator
-    )
-    made["exact"] = torch.zeros(2 * 1024**2, dtype=torch.uint8)
+    made["chunks"] = noise(9 * 1024**2 + 7)
+    made["exact"] = noise(2 * 1024**2)
+    made["empty"] = torch.empty(0, 4)
     return made
 
 
-@pytest.mark.parametrize("kind", SEALINGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_tensorizer_reads_what_is_written(tmp_path: Path, kind: str) -> None:
-    """Bit for bit, hashes verified, for every dtype and every way to seal."""
+    """Bit for bit, hashes verified, for every dtype, every way to seal, and an empty tensor."""
     tensors = samples()
     path = tmp_path / "model.tensors"
-    path.write_bytes(written(tensors, SEALINGS[kind]))
+    path.write_bytes(written(tensors, kind))
     parameters = {
         "plain": None,
         "key": DecryptionParams.from_key(KEY),
-        "passphrase": DecryptionParams.from_string("open sesame"),
+        "passphrase": DecryptionParams.from_string(PASSPHRASE),
     }[kind]
     with TensorDeserializer(path, device="cpu", encryption=parameters, verify_hash=True) as found:
         assert list(found.keys()) == list(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype
             assert found[name].shape == tensor.shape
-            assert bytes(data_of(found[name].data)) == bytes(data_of(tensor)), name
+            assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
 
 
-@pytest.mark.parametrize("kind", SEALINGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_our_reader_reads_what_is_written(kind: str) -> None:
-    """Also a tensor without elements, which tensorizer's encrypting writer cannot store."""
-    tensors = samples() | {"empty": torch.empty(0, 4)}
-    source = MemorySource(written(tensors, SEALINGS[kind]))
-    index = read_index(source)
-    sealing = SEALINGS[kind]
-    key = FixedKey(sealing.key) if sealing else None
-    for record in index.tensors:
-        assert bytes(read_tensor(source, record, index, key)) == bytes(
-            data_of(tensors[record.name])
-        )
+    """Names, dtypes, shapes and bytes, hashes verified."""
+    tensors = samples()
+    found = we_read(written(tensors, kind), key_of(kind))
+    assert list(found) == list(tensors)
+    for name, (_, dtype, shape, data) in found.items():
+        assert dtype == str(tensors[name].dtype).removeprefix("torch.")
+        assert shape == tuple(tensors[name].shape)
+        assert data == tensor_bytes(tensors[name]), name
+
+
+def test_a_plain_file_is_tensorizers_own_behind_the_index() -> None:
+    """Headers hold no offsets, so with the same tensors they must be the same bytes."""
+    tensors = samples()
+    ours, theirs = written(tensors, "plain"), write(tensors)
+    our_index, their_index = (read_index(MemorySource(data)) for data in (ours, theirs))
+    assert our_index.file_version == their_index.file_version
+    assert (
+        ours[our_index.tensors[0].header_offset :] == theirs[their_index.tensors[0].header_offset :]
+    )
+    assert ours[:57] == theirs[:57]  # magic, version, flags, size of the data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_data_version_is_tensorizers(dtype: str) -> None:
+    """The lowest that older readers need: 1 for numpy's dtypes, 2 for others."""
+    tensors = {"a": torch.ones(3, dtype=getattr(torch, dtype))}
+    assert written(tensors, "plain")[5:9] == write(tensors)[5:9]
+
+
+def test_the_plan_foretells_the_file() -> None:
+    """Size and digest are known before the first byte, for the disk check and the manifest."""
+    tensors = samples()
+    data = written(tensors, "key")
+    index = planned(tensors, "key").index
+    assert index.size == len(data)
+    assert index == read_index(MemorySource(data))
 
 
 def test_an_index_beyond_256_kib_is_written_and_read(tmp_path: Path) -> None:
     """tensorizer's reserve is no limit: mixture-of-experts models have tens of thousands."""
     tensors = {
-        f"model.layers.{i}.mlp.experts.{i}.down_proj.weight": torch.tensor([i]) for i in range(6000)
+        f"model.layers.{i}.mlp.experts.{i}.down_proj.weight": torch.tensor([i]) for i in range(5000)
     }
-    data = written(tensors, Sealing(KEY))
-    source = MemorySource(data)
-    index = read_index(source)
-    assert index.tensors[0].header_offset > 256 * 1024
+    data = written(tensors, "key")
+    assert read_index(MemorySource(data)).tensors[0].header_offset > 256 * 1024
     path = tmp_path / "many.tensors"
     path.write_bytes(data)
     with TensorDeserializer(
-        path, device="cpu", encryption=DecryptionParams.from_key(KEY), lazy_load=True
+        path, device="cpu", encryption=DecryptionParams.from_key(KEY), num_readers=1
     ) as found:
-        name = "model.layers.5999.mlp.experts.5999.down_proj.weight"
-        assert found[name].item() == 5999
+        assert len(found) == 5000
+        assert found["model.layers.4999.mlp.experts.4999.down_proj.weight"].item() == 4999
 
 
 def test_no_nonce_is_used_twice() -> None:
     """Two chunks under one nonce would give away their difference."""
-    source = MemorySource(written(samples(), Sealing(KEY)))
-    from tensorserve.format import read_header
-
-    index = read_index(source)
     nonces = []
-    for record in index.tensors:
-        chunks = read_header(source, record, index).chunks
-        assert chunks is not None
-        nonces += [chunks.chunk_nonce(i) for i in range(chunks.count)]
+    for _ in range(2):  # two files under one key as well
+        source = MemorySource(written(samples(), "key"))
+        index = read_index(source)
+        for record in index.tensors:
+            chunks = read_header(source, record, index).chunks
+            if record.length:
+                assert chunks is not None
+                nonces += [chunks.chunk_nonce(i) for i in range(chunks.count)]
+    assert len(nonces) > 2 * len(DTYPES)
     assert len(nonces) == len(set(nonces))
 
 
+def test_a_fresh_derivation_is_tensorizers_default_with_a_salt_of_its_own() -> None:
+    """The moderate preset, as EncryptionParams.from_string takes it."""
+    from tensorizer import EncryptionParams
+
+    one, other = fresh_password_hash(), fresh_password_hash()
+    assert one.passes == EncryptionParams.OpsLimit.MODERATE
+    assert one.memory == EncryptionParams.MemLimit.MODERATE
+    assert len(one.salt) == 16
+    assert one.salt != other.salt
+
+
 @pytest.mark.parametrize(
-    "specs",
+    ("specs", "named"),
     [
-        [],
-        [TensorSpec("a", "int8", (1,)), TensorSpec("a", "int8", (1,))],
-        [TensorSpec("", "int8", (1,))],
-        [TensorSpec("x" * 70000, "int8", (1,))],
+        ([], "0 tensors"),
+        ([TensorSpec("a", "int8", (1,)), TensorSpec("a", "int8", (1,))], "'a'"),
+        ([TensorSpec("", "int8", (1,))], "''"),
+        ([TensorSpec("\x1e[1]", "int8", (1,))], "path"),
+        ([TensorSpec("\ud800", "int8", (1,))], "name"),
+        ([TensorSpec("x" * 70000, "int8", (1,))], "70000"),
+        ([TensorSpec("a", "int8", (1,) * 256)], "256"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(specs: list[TensorSpec]) -> None:
-    """Before a byte is written."""
-    with pytest.raises(ConfigurationError):
-        lay_out(specs, None)
+def test_what_the_format_cannot_hold_is_refused(specs: list[TensorSpec], named: str) -> None:
+    """Before a byte is written, and by name."""
+    with pytest.raises(ConfigurationError, match=named):
+        plan_file(specs, encrypted=False)
 
 
-def test_dimensions_beyond_32_bits_take_the_long_form() -> None:
-    """Version 5, with a version for each entry; only laid out here."""
-    layout = lay_out([TensorSpec("long", "int8", (2**32, 0)), TensorSpec("a", "int8", (1,))], None)
-    assert layout.versioned
-    assert layout.prologue[5] == 5
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_dimensions_beyond_32_bits_take_the_long_form(encrypted: bool) -> None:
+    """Version 5 with a version in each entry; what tensorizer's own parser makes of the index."""
+    import io
+
+    from tensorizer.serialization import _FileHeader, _MetadataDeserializer
+
+    long = (2**32 + 1, 0)
+    plan = plan_file(
+        [TensorSpec("long", "int8", long), TensorSpec("a", "int8", (1,))], encrypted=encrypted
+    )
+    stream = io.BytesIO(plan.prologue)
+    assert stream.read(5) == b"|TZR|"
+    header = _FileHeader.from_io(stream, accepted_versions=(5,))
+    assert int(header.feature_flags) == (3 if encrypted else 2)
+    entries, _, _ = _MetadataDeserializer.from_io(stream, 2, True, (1, 5))
+    assert [(tuple(e.shape), e.metadata_version) for e in entries.values()] == [(long, 5), ((1,), 1)]
+
+
+@pytest.mark.parametrize("dtype", ITEM_SIZES)
+def test_every_dtype_that_can_be_read_can_be_written(dtype: str) -> None:
+    """The two tables are each other's inverse."""
+    if dtype == "complex128":
+        assert raw_dtype(dtype) == b"<c16"
+    assert parse_dtype(raw_dtype(dtype)).name == dtype
+
+
+def test_an_error_in_the_middle_ends_the_writing() -> None:
+    """It surfaces as it was raised, threads at rest."""
+
+    def read(record: TensorRecord, start: int, buffer: memoryview) -> None:  # noqa: ARG001
+        if start:
+            raise OSError("the disk is gone")
+
+    class Output:
+        def write(self, data: bytes | memoryview, /) -> None: ...
+
+    plan = plan_file([TensorSpec("a", "uint8", (20 * 1024**2,))], encrypted=True)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_file(Output(), plan, read, key=FixedKey())
