@@ -123,7 +123,8 @@ def become_vllm(plan: LaunchPlan, state_dir: Path, reference: str) -> NoReturn:
         raise ConfigurationError("There is no `vllm` program beside this Python or on the PATH.")
     argv = list(plan.argv)
     if plan.secret_flags:
-        argv.append(f"--config={_secret_config(plan.secret_flags, state_dir)}")
+        # Two words: vLLM reads no file for `--config=FILE`, and says nothing.
+        argv += ["--config", str(_secret_config(plan.secret_flags, state_dir))]
     environment = dict(plan.environment) | {HANDOFF_VARIABLE: reference}
     sys.stdout.flush()
     sys.stderr.flush()
