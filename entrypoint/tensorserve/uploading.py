@@ -67,7 +67,7 @@ class Upload:
         """`size` is what will be written, in bytes; it decides how large the parts are."""
         self._bucket = bucket
         self._key = key
-        self._part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
+        self.part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
         self._part = bytearray()
         self._id: str | None = None
         self._parts: list[dict[str, Any]] = []
@@ -79,10 +79,10 @@ class Upload:
         """Takes all of `data`; waits while enough parts are on their way."""
         view = memoryview(data)
         while view:
-            taken = view[: self._part_bytes - len(self._part)]
+            taken = view[: self.part_bytes - len(self._part)]
             self._part += taken
             view = view[len(taken) :]
-            if len(self._part) == self._part_bytes:
+            if len(self._part) == self.part_bytes:
                 self._send()
 
     def finish(self) -> None:

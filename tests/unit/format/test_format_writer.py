@@ -230,7 +230,10 @@ def test_dimensions_beyond_32_bits_take_the_long_form(encrypted: bool) -> None:
     header = _FileHeader.from_io(stream, accepted_versions=(5,))
     assert int(header.feature_flags) == (3 if encrypted else 2)
     entries, _, _ = _MetadataDeserializer.from_io(stream, 2, True, (1, 5))
-    assert [(tuple(e.shape), e.metadata_version) for e in entries.values()] == [(long, 5), ((1,), 1)]
+    assert [(tuple(e.shape), e.metadata_version) for e in entries.values()] == [
+        (long, 5),
+        ((1,), 1),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ITEM_SIZES)

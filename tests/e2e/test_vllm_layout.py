@@ -1,0 +1,114 @@
+"""Files in vLLM's own layout: one shard a rank, recognised by tensorizer's marker, loaded in place.
+
+A tiny random Llama: what is tested is where the bytes go, with two real ranks. The shards are cut
+here by the rules of vLLM's Llama (fused qkv and gate_up; columns and rows split between ranks).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from running import Tensorserve, stock_vllm
+from tensorizer import EncryptionParams, TensorSerializer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RANKS = 2
+KEY = bytes(range(32))
+PROMPTS = ["The capital of France is", "1 2 3 4"]
+FLAGS = {"TENSOR_PARALLEL_SIZE": str(RANKS)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A Llama with SmolLM2's tokenizer and random weights, as a Hugging Face directory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    directory = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((model_dir / name).read_bytes())
+    return directory
+
+
+def shard(model: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """What `rank` of vLLM's Llama holds, under vLLM's names."""
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(RANKS, 0)[rank].clone()
+
+    def columns(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(RANKS, 1)[rank].clone()
+
+    held: dict[str, torch.Tensor] = {}
+    for name, tensor in model.items():
+        if name.endswith(("q_proj.weight", "gate_proj.weight")):
+            gate = name.endswith("gate_proj.weight")
+            parts = ("gate_proj", "up_proj") if gate else ("q_proj", "k_proj", "v_proj")
+            fused = "gate_up_proj" if gate else "qkv_proj"
+            pieces = [rows(model[name.replace(parts[0], part)]) for part in parts]
+            held[name.replace(parts[0], fused)] = torch.cat(pieces)
+        elif name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight")):
+            continue
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            held[name] = columns(tensor)
+        elif name.endswith("embed_tokens.weight"):
+            held[name] = rows(tensor)
+        else:
+            held[name] = tensor.clone()
+    held["vllm_tensorized_marker"] = torch.tensor((1,), device="meta")
+    return held
+
+
+def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) -> None:
+    """Two ranks, each its own encrypted file; the answers are those of stock vLLM."""
+    from safetensors.torch import load_file
+
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    model = load_file(tiny / "model.safetensors")
+    for rank in range(RANKS):
+        path = bundle / f"model-rank-{rank:03d}.tensors"
+        serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+        serializer.write_state_dict(shard(model, rank))
+        serializer.close()
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        (bundle / name).write_bytes((tiny / name).read_bytes())
+
+    stock = stock_vllm(tmp_path, tiny)
+    stock.command += ["--tensor-parallel-size", str(RANKS)]
+    with stock:
+        stock.wait_ready()
+        wanted = stock.completions("model", PROMPTS)
+    environ = {
+        "TENSORSERVE_MODEL_URI": str(bundle),
+        "TENSORSERVE_KEY": KEY.hex(),
+        "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": str(RANKS),
+    }
+    with Tensorserve(tmp_path, environ) as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
+        for rank in range(RANKS):
+            size = engine.metric("tensorserve_load_size_bytes", rank=str(rank))
+            assert size
+            copied = engine.metric("tensorserve_load_bytes_total", rank=str(rank), stage="copy")
+            assert copied == size

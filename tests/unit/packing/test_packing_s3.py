@@ -1,0 +1,211 @@
+"""pack to S3: streamed to a real server, nothing left behind when it fails."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+from hf_samples import SMALL_FILES, make_model
+from s3server import S3Server
+from safetensors.torch import save_file
+
+from tensorserve import uploading
+from tensorserve.errors import (
+    ConfigurationError,
+    PermissionDeniedError,
+    SourceUnavailableError,
+)
+from tensorserve.keys import parse_key
+from tensorserve.packing import pack
+from tensorserve.secret import Secret
+from tensorserve.sources import Access, RetryPolicy, S3Access
+from tensorserve.verifying import verify
+
+SECRET = Secret(bytes(range(32)), "the test")
+POLICY = RetryPolicy(attempts=3, deadline=5, backoff_base=0.01)
+MIB = 1024**2
+_numbers = itertools.count()
+
+
+def access_of(server: S3Server, **changes: Any) -> Access:
+    values: dict[str, Any] = {
+        "endpoint_url": server.endpoint_url,
+        "region": "us-east-1",
+        "access_key_id": Secret(server.access_key),
+        "secret_access_key": Secret(server.secret_key),
+    }
+    return Access(s3=S3Access(**(values | changes)), policy=POLICY)
+
+
+@pytest.fixture(scope="module")
+def client(s3: S3Server) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=s3.endpoint_url,
+        aws_access_key_id=s3.access_key,
+        aws_secret_access_key=s3.secret_key,
+        region_name="us-east-1",
+    )
+
+
+@pytest.fixture
+def prefix(bucket: str) -> str:
+    """A prefix that no other test uses."""
+    return f"s3://{bucket}/packing/{next(_numbers)}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 MiB: three parts."""
+    directory = tmp_path_factory.mktemp("large")
+    content = {f"t{i}": torch.full((8, MIB), i, dtype=torch.uint8) for i in range(5)}
+    save_file(content, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def names_below(client: Any, prefix: str) -> list[str]:
+    bucket, _, key = prefix.removeprefix("s3://").partition("/")
+    answer = client.list_objects_v2(Bucket=bucket, Prefix=key + "/")
+    return sorted(entry["Key"].removeprefix(key + "/") for entry in answer.get("Contents", ()))
+
+
+def unfinished(client: Any, bucket: str) -> list[str]:
+    found = client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())
+    return [upload["Key"] for upload in found]
+
+
+def test_a_bundle_in_s3_verifies(s3: S3Server, client: Any, model: Path, prefix: str) -> None:
+    """Packed and read back through signed requests."""
+    result = pack(model, prefix, access=access_of(s3), key=SECRET)
+    assert names_below(client, prefix) == sorted([*SMALL_FILES, "manifest.json", "model.tensors"])
+    assert result.destination == prefix
+    states = {r.state for r in verify(prefix, access_of(s3), parse_key(SECRET))}
+    assert states == {"ok"}
+
+
+def test_large_tensors_go_up_in_parts(
+    s3: S3Server, client: Any, bucket: str, large_model: Path, prefix: str
+) -> None:
+    """An object of several parts, whose ETag says so, the same as in a directory."""
+    pack(large_model, prefix, access=access_of(s3))
+    key = prefix.removeprefix(f"s3://{bucket}/") + "/model.tensors"
+    assert client.head_object(Bucket=bucket, Key=key)["ETag"].strip('"').endswith("-3")
+    verify(prefix, access_of(s3), None)
+    assert unfinished(client, bucket) == []
+
+
+def test_the_manifest_comes_last(s3: S3Server, client: Any, model: Path, prefix: str) -> None:
+    """Who sees a manifest sees a whole bundle."""
+    pack(model, prefix, access=access_of(s3))
+    bucket, _, key = prefix.removeprefix("s3://").partition("/")
+    entries = client.list_objects_v2(Bucket=bucket, Prefix=key + "/")["Contents"]
+    times = {entry["Key"]: entry["LastModified"] for entry in entries}
+    assert times[f"{key}/manifest.json"] == max(times.values())
+
+
+@pytest.mark.parametrize("at", [1, 30 * MIB])
+def test_an_interrupted_pack_leaves_nothing(
+    s3: S3Server, client: Any, bucket: str, large_model: Path, prefix: str, at: int
+) -> None:
+    """No object, and no parts that are paid for unseen."""
+    seen_parts = []
+
+    def interrupt(done: int, _: int) -> None:
+        if done >= at:
+            seen_parts.append(unfinished(client, bucket))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(large_model, prefix, access=access_of(s3), progress=interrupt)
+    assert seen_parts != [[]] or at == 1  # an upload was under way
+    assert names_below(client, prefix) == []
+    assert unfinished(client, bucket) == []
+
+
+def test_what_was_uploaded_before_a_failure_is_removed(
+    s3: S3Server, client: Any, prefix: str, tmp_path: Path
+) -> None:
+    """A small file that changes under the pack, after the tensors are in the bucket."""
+    source = make_model(tmp_path / "hf")
+    grown = []
+
+    def grow(done: int, total: int) -> None:
+        if done == total:
+            (source / "tokenizer.json").write_text("longer than it was before")
+            grown.append(1)
+
+    with pytest.raises(Exception, match=r"tokenizer\.json was changed"):
+        pack(source, prefix, access=access_of(s3), progress=grow)
+    assert grown
+    assert names_below(client, prefix) == []
+
+
+def test_an_existing_bundle_is_replaced_only_when_asked(
+    s3: S3Server, client: Any, prefix: str, tmp_path: Path
+) -> None:
+    """And then what the new one lacks is gone."""
+    source = make_model(tmp_path / "hf")
+    pack(source, prefix, access=access_of(s3))
+    with pytest.raises(ConfigurationError, match="--overwrite"):
+        pack(source, prefix, access=access_of(s3))
+    (source / "tokenizer.json").unlink()
+    pack(source, prefix, access=access_of(s3), key=SECRET, overwrite=True)
+    assert "tokenizer.json" not in names_below(client, prefix)
+    verify(prefix, access_of(s3), parse_key(SECRET))
+
+
+def test_a_prefix_with_other_files_is_left_alone(
+    s3: S3Server, client: Any, bucket: str, model: Path, prefix: str
+) -> None:
+    """Also with overwrite."""
+    key = prefix.removeprefix(f"s3://{bucket}/")
+    client.put_object(Bucket=bucket, Key=f"{key}/letter.txt", Body=b"dear")
+    with pytest.raises(ConfigurationError, match="not a bundle"):
+        pack(model, prefix, access=access_of(s3), overwrite=True)
+    assert names_below(client, prefix) == ["letter.txt"]
+
+
+def test_a_missing_bucket_is_said(s3: S3Server, model: Path) -> None:
+    """With exit code 69."""
+    with pytest.raises(SourceUnavailableError, match="no-such-bucket"):
+        pack(model, "s3://no-such-bucket/m", access=access_of(s3))
+
+
+def test_wrong_credentials_are_said(s3: S3Server, model: Path, prefix: str) -> None:
+    """With exit code 77."""
+    with pytest.raises(PermissionDeniedError):
+        pack(model, prefix, access=access_of(s3, secret_access_key=Secret("wrong")))
+
+
+def test_missing_credentials_are_said(
+    s3: S3Server, model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With exit code 77."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    access = access_of(s3, access_key_id=None, secret_access_key=None, region="nowhere-1")
+    with pytest.raises(PermissionDeniedError, match="no AWS credentials"):
+        pack(model, prefix, access=access)
+
+
+def test_parts_grow_with_the_object() -> None:
+    """S3 takes 10,000 parts at most; 5 TB still fit."""
+    bucket = uploading.Bucket(None, "b", "us-east-1")
+    for size in (0, 100 * MIB, 144_000 * MIB, 5 * 10**12):
+        upload = uploading.Upload(bucket, "k", size)
+        assert upload.part_bytes >= uploading.PART_BYTES
+        assert -(-size // upload.part_bytes) <= 10_000
+        upload.abort()

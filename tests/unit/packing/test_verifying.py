@@ -1,0 +1,268 @@
+"""verify: finds every damage, names it, and goes on."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hf_samples import ACCESS, make_model
+
+from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
+from tensorserve.format import read_index
+from tensorserve.keys import parse_key
+from tensorserve.manifest import MANIFEST
+from tensorserve.packing import pack
+from tensorserve.secret import Secret
+from tensorserve.sources import open_source
+from tensorserve.verifying import verify
+
+SECRET = Secret(bytes(range(32)), "the test")
+KEY = parse_key(SECRET)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encrypted bundle that is not touched."""
+    directory = tmp_path_factory.mktemp("packed")
+    pack(make_model(directory / "hf"), str(directory / "b"), access=ACCESS, key=SECRET)
+    return directory / "b"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, packed: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(packed, tmp_path / "b")
+    return tmp_path / "b"
+
+
+def place_of(bundle: Path, tensor: str) -> tuple[int, int]:
+    """Offsets of a tensor's header and data."""
+    source = open_source(str(bundle / "model.tensors"), ACCESS)
+    records = {record.name: record for record in read_index(source).tensors}
+    source.close()
+    return records[tensor].header_offset, records[tensor].data_offset
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def damaged(bundle: Path, key: object = KEY) -> tuple[str, list[str]]:
+    """The message and the lines of a verify that must fail."""
+    lines: list[str] = []
+    with pytest.raises(CorruptError) as caught:
+        verify(str(bundle), ACCESS, key, lines.append)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 65
+    return caught.value.message, lines
+
+
+def test_a_flipped_bit_of_data_is_named(bundle: Path) -> None:
+    """Tensor and file, in the line and in the error."""
+    _, data = place_of(bundle, "model.layers.1.weight")
+    flip(bundle / "model.tensors", data + 100)
+    message, lines = damaged(bundle)
+    assert "'model.layers.1.weight'" in message
+    assert [line for line in lines if line.startswith("DAMAGED")] == [lines[0]]
+    assert "1 of 5 tensors" in lines[0]
+
+
+def test_all_damaged_tensors_are_named(bundle: Path) -> None:
+    """Not only the first."""
+    for name in ("model.embed.weight", "model.layers.0.weight", "model.scale"):
+        flip(bundle / "model.tensors", place_of(bundle, name)[1] + 1)
+    message, _ = damaged(bundle)
+    assert "3 of 5 tensors" in message
+    for name in ("model.embed.weight", "model.layers.0.weight", "model.scale"):
+        assert f"'{name}'" in message
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_any_chunk_of_a_large_tensor_counts(bundle: Path, chunk: int) -> None:
+    """The last one is short."""
+    _, data = place_of(bundle, "model.embed.weight")
+    flip(bundle / "model.tensors", data + chunk * 2 * 1024**2 + 17)
+    message, _ = damaged(bundle)
+    assert f"chunk {chunk} of tensor 'model.embed.weight'" in message
+
+
+def test_a_flipped_bit_in_any_header_byte_is_noticed(bundle: Path) -> None:
+    """Each byte of one header: structure, hashes, nonce, tags."""
+    header, data = place_of(bundle, "model.scale")
+    path = bundle / "model.tensors"
+    whole = path.read_bytes()
+    for offset in range(header, data, 3):
+        path.write_bytes(whole)
+        flip(path, offset)
+        damaged(bundle)
+
+
+def test_a_flipped_bit_of_a_plain_bundle_is_noticed(tmp_path: Path) -> None:
+    """By its hash."""
+    pack(make_model(tmp_path / "hf"), str(tmp_path / "b"), access=ACCESS)
+    flip(tmp_path / "b" / "model.tensors", place_of(tmp_path / "b", "model.norm.weight")[1])
+    message, _ = damaged(tmp_path / "b", None)
+    assert "'model.norm.weight'" in message
+
+
+def test_a_changed_configuration_is_noticed(bundle: Path) -> None:
+    """Of the same length."""
+    flip(bundle / "config.json", 5)
+    message, lines = damaged(bundle)
+    assert "config.json" in message
+    assert sum(line.startswith("ok ") for line in lines) == 4
+
+
+def test_missing_files_are_named(bundle: Path) -> None:
+    """Small ones and the tensors."""
+    (bundle / "tokenizer.json").unlink()
+    (bundle / "model.tensors").unlink()
+    message, _ = damaged(bundle)
+    assert "tokenizer.json: missing" in message
+    assert "model.tensors: missing" in message
+
+
+def test_a_truncated_file_is_damaged(bundle: Path) -> None:
+    """And the small files are still checked."""
+    path = bundle / "model.tensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    message, lines = damaged(bundle)
+    assert "truncated" in message
+    assert sum(line.startswith("ok ") for line in lines) == 4
+
+
+def test_tensors_exchanged_for_others_under_the_same_key_are_noticed(
+    tmp_path: Path, bundle: Path
+) -> None:
+    """Every chunk and hash fits, names and shapes too; only the manifest knows."""
+    import torch
+    from hf_samples import tensors
+
+    other = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    source = make_model(tmp_path / "other", other)
+    pack(source, str(tmp_path / "c"), access=ACCESS, key=SECRET)
+    (tmp_path / "c" / "model.tensors").replace(bundle / "model.tensors")
+    message, _ = damaged(bundle)
+    assert "exchanged" in message
+
+
+def test_another_index_is_noticed(tmp_path: Path, bundle: Path) -> None:
+    """A bundle with the tensors of another model."""
+    import torch
+
+    source = make_model(tmp_path / "other", {"w": torch.zeros(4)})
+    pack(source, str(tmp_path / "c"), access=ACCESS, key=SECRET)
+    (tmp_path / "c" / "model.tensors").replace(bundle / "model.tensors")
+    message, _ = damaged(bundle)
+    assert MANIFEST in message
+
+
+def test_the_wrong_key_is_said_at_once(bundle: Path) -> None:
+    """It is no damage."""
+    with pytest.raises(WrongKeyError, match="another test"):
+        verify(str(bundle), ACCESS, parse_key(Secret(bytes(32), "another test")))
+    with pytest.raises(ConfigurationError):
+        verify(str(bundle), ACCESS, None)
+
+
+def test_a_single_file_is_verified(bundle: Path) -> None:
+    """Without looking at the others."""
+    flip(bundle / "config.json", 0)
+    lines: list[str] = []
+    results = verify(str(bundle / "model.tensors"), ACCESS, KEY, lines.append)
+    assert [(result.name, result.state) for result in results] == [("model.tensors", "ok")]
+    assert "every chunk authenticated" in lines[0]
+
+
+def test_files_that_nobody_vouches_for_are_shown(bundle: Path) -> None:
+    """They are not damage, but they are not checked."""
+    (bundle / "added.json").write_text("{}")
+    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY)}
+    assert states["added.json"] == "unchecked"
+    (bundle / MANIFEST).unlink()
+    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY)}
+    assert states["model.tensors"] == "ok"
+    assert states["config.json"] == "unchecked"
+
+
+def test_progress_ends_at_the_size(bundle: Path) -> None:
+    """In bytes of tensors."""
+    seen: list[tuple[int, int]] = []
+    verify(str(bundle), ACCESS, KEY, progress=lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A server that knows no ranges and no listing."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path))
+    )
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_nothing_there_is_said(tmp_path: Path, web: str) -> None:
+    """An empty directory, and a server that has none of the names."""
+    (tmp_path / "nothing").mkdir()
+    for uri in (str(tmp_path / "nothing"), f"{web}/nothing"):
+        with pytest.raises(CorruptError, match="neither"):
+            verify(uri, ACCESS, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": True},
+        {"files": {}},
+        {"files": [{"name": "../x", "size": 1, "sha256": "0" * 64}]},
+        {"files": [{"name": "/x", "size": 1, "sha256": "0" * 64}]},
+        {"files": [{"name": "a//b", "size": 1, "sha256": "0" * 64}]},
+        {"files": [{"name": "a\0b", "size": 1, "sha256": "0" * 64}]},
+        {"files": [{"name": "\ud800", "size": 1, "sha256": "0" * 64}]},
+        {"files": [{"name": "x", "size": -1, "sha256": "0" * 64}]},
+        {"files": [{"name": "x", "size": 1.0, "sha256": "0" * 64}]},
+        {"files": [{"name": "x", "size": 1, "sha256": "0" * 63}]},
+        {"files": [{"name": "x", "size": 1}]},
+        {"files": [{"name": "x", "size": 1, "sha256": "0" * 64}] * 2},
+        {"tensors_files": {"../m.tensors": {}}},
+        {"tensors_files": {"m.tensors": {"size": "1"}}},
+        {"encryption": "yes"},
+        {"format": "other"},
+        {"made_by": None},
+    ],
+)
+def test_a_lying_manifest_is_refused(bundle: Path, change: dict[str, object]) -> None:
+    """Types and names are checked before anything is done with them."""
+    path = bundle / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CorruptError, match="is not a manifest"):
+        verify(str(bundle), ACCESS, KEY)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000])
+def test_what_is_no_json_object_is_no_manifest(bundle: Path, content: str) -> None:
+    """Deep nesting included."""
+    (bundle / MANIFEST).write_text(content)
+    with pytest.raises(CorruptError, match="is not a manifest"):
+        verify(str(bundle), ACCESS, KEY)
+
+
+def test_a_later_manifest_is_said_to_be_one(bundle: Path) -> None:
+    """It is not damaged: this release is too old for it."""
+    path = bundle / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(ConfigurationError, match="version 2"):
+        verify(str(bundle), ACCESS, KEY)
