@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from tensorserve import sources
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.manifest import MANIFEST, read_manifest
+from tensorserve.manifest import MANIFEST, Manifest
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, NotFoundError
 
@@ -39,7 +41,7 @@ MAX_TOTAL_BYTES = 2 * 1024**3
 
 
 def artifact_names(
-    bundle_uri: str, access: Access, *, remote_code: bool = False
+    bundle_uri: str, access: Access, manifest: Manifest | None, *, remote_code: bool = False
 ) -> dict[str, int | None]:
     """The files to fetch, as {relative name: bytes, None where unknown}.
 
@@ -47,16 +49,12 @@ def artifact_names(
     Python files only with `remote_code`: vLLM would run them.
     """
     listed: dict[str, int | None]
-    listing = sources.list_names(bundle_uri, access)
-    if listing is not None:
+    if manifest is not None:
+        listed = {entry.name: entry.size for entry in manifest.files}
+    elif (listing := sources.list_names(bundle_uri, access)) is not None:
         listed = dict(listing)
     else:
-        manifest = read_manifest(bundle_uri, access)
-        listed = (
-            {entry.name: entry.size for entry in manifest.files}
-            if manifest
-            else dict.fromkeys(KNOWN_NAMES)
-        )
+        listed = dict.fromkeys(KNOWN_NAMES)
     return {
         name: size
         for name, size in sorted(listed.items())
@@ -68,36 +66,46 @@ def artifact_names(
 
 
 def fetch_artifacts(
-    bundle_uri: str, access: Access, destination: Path, *, remote_code: bool = False
+    bundle_uri: str,
+    access: Access,
+    destination: Path,
+    manifest: Manifest | None = None,
+    *,
+    remote_code: bool = False,
 ) -> dict[str, int]:
     """Put the small files of the bundle below `destination` (0700) and give {name: bytes}.
 
-    A file is complete or absent: it is written under another name first. Raises CorruptError if
-    there is no config.json or a name leaves the directory, ConfigurationError if the disk is full
-    or read-only, and the sources' errors.
+    With a `manifest`, each must be what was packed. A file is complete or absent: it is written
+    under another name first. Raises CorruptError for a file that is none of the bundle's, a name
+    that leaves the directory or a missing config.json, ConfigurationError if the disk is full or
+    read-only, and the sources' errors.
     """
-    names = artifact_names(bundle_uri, access, remote_code=remote_code)
+    names = artifact_names(bundle_uri, access, manifest, remote_code=remote_code)
     _prepare(destination, sum(size or 0 for size in names.values()))
-    written: dict[str, int] = {}
-    for name in names:
-        target = resolve_below(destination, name)
+    digests = {entry.name: entry.sha256 for entry in manifest.files} if manifest else {}
+    targets = {name: resolve_below(destination, name) for name in names}
+
+    def fetch(name: str) -> int | None:
         try:
             source = sources.open_source(sources.join(bundle_uri, name), access)
         except NotFoundError:
             if names[name] is None:
-                continue  # only a guess
+                return None  # only a guess
             raise
         try:
-            total = sum(written.values()) + source.size
-            if source.size > MAX_FILE_BYTES or total > MAX_TOTAL_BYTES:
+            if source.size > MAX_FILE_BYTES:
                 raise CorruptError(
                     f"{source.name} is {source.size} bytes: too large for a tokenizer.",
                     hint="Keep other files out of the bundle's directory.",
                 )
-            _write(target, source)
-            written[name] = source.size
+            _write(targets[name], source, digests.get(name))
+            return source.size
         finally:
             source.close()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        fetched = dict(zip(names, pool.map(fetch, names), strict=True))
+    written = {name: size for name, size in fetched.items() if size is not None}
     if "config.json" not in written and "params.json" not in written:
         raise CorruptError(
             f"The bundle has no config.json: {redact_uri(bundle_uri)}",
@@ -115,7 +123,7 @@ def resolve_below(root: Path, name: str) -> Path:
         or "\0" in name
         or "\\" in name
         or pure.is_absolute()
-        or any(part in {"..", "."} for part in name.split("/"))
+        or any(part in {"", ".", ".."} for part in name.split("/"))
     )
     if bad:
         raise CorruptError(f"The bundle names a file outside its own directory: {name!r}.")
@@ -145,14 +153,22 @@ def _prepare(destination: Path, needed: int) -> None:
         )
 
 
-def _write(target: Path, source: sources.Source) -> None:
+def _write(target: Path, source: sources.Source, sha256: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with open(partial, "wb", opener=lambda p, f: os.open(p, f | os.O_NOFOLLOW, 0o600)) as file:
             step = 4 * 1024**2
+            digest = hashlib.sha256()
             for offset in range(0, source.size, step):
-                file.write(source.read(offset, min(step, source.size - offset)))
+                data = source.read(offset, min(step, source.size - offset))
+                digest.update(data)
+                file.write(data)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise CorruptError(
+                f"{source.name} is not the file that was packed (its SHA-256 differs).",
+                hint="It was replaced or damaged. Upload the bundle again.",
+            )
         partial.replace(target)
     except OSError as error:
         raise ConfigurationError(

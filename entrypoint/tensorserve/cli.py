@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -213,6 +214,15 @@ def _access(environ: Mapping[str, str]) -> Any:
     return access_for(settings), key_for(settings)
 
 
+def _stop_cleanly() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what was begun is undone."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.packing import pack, prepare_key
 
@@ -225,6 +235,7 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
     if options.passphrase_file and not options.encrypt:
         raise UsageError("--passphrase-file without --encrypt.", hint="Add --encrypt.")
+    _stop_cleanly()
     access, _ = _access(environ)
     key, passphrase = prepare_key(options.key_file, options.passphrase_file)
     with _ByteBar("packing") as bar:

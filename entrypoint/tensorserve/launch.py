@@ -104,6 +104,7 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
             plan.bundle_uri,
             access_for(settings),
             plan.model_dir,
+            weights.manifest,
             remote_code="--trust-remote-code" in plan.argv,
         )
         log.emit("phase", phase="artifacts", state="end")

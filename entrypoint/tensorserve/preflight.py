@@ -20,6 +20,7 @@ from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileKey
 from tensorserve.launch import Shard
+from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan
 from tensorserve.secret import redact_uri
@@ -48,6 +49,7 @@ class Weights:
 
     shards: tuple[Shard, ...] = ()
     data_bytes: int = 0
+    manifest: Manifest | None = None
 
 
 def run_checks(
@@ -179,6 +181,13 @@ def check_source(
             for name, o in zip(plan.shards(template), opened, strict=True)
         )
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
+        weights.manifest = read_manifest(plan.bundle_uri, access)
+        for name, one in zip(plan.shards(template), opened, strict=True):
+            # Another file may stand beside a bundle's own, and be named in the URI.
+            if weights.manifest and (
+                name in weights.manifest.tensors_files or len(plan.tensors) > 1
+            ):
+                check_index(weights.manifest, name, one.index)
         tensors = sum(len(o.index.tensors) for o in opened)
         yield Passed(
             "weights",
@@ -191,7 +200,8 @@ def check_source(
         for one in opened:
             one.source.close()
     check_config(plan.bundle_uri, access)
-    yield Passed("configuration", "config.json is there")
+    bound = "bound by the manifest" if weights.manifest else "no manifest"
+    yield Passed("configuration", f"config.json is there, {bound}")
 
 
 def check_config(bundle_uri: str, access: Access) -> None:

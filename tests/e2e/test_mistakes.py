@@ -276,3 +276,22 @@ def test_no_gpu_for_a_cuda_install(up: Up, plain: Path, tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
     outcome = up({"TENSORSERVE_MODEL_URI": str(plain), "PYTHONPATH": str(info.parent)})
     outcome.must_be(78, "No GPU is visible", "--gpus all")
+
+
+def test_weights_that_are_not_those_of_the_manifest(up: Up, tmp_path: Path) -> None:
+    """A3: another model's weights, sealed with the same key, under this bundle's manifest."""
+    from tensorserve.cli import main as tensorserve
+
+    key_file = tmp_path / "key"
+    bundles = []
+    for number in range(2):
+        source = tmp_path / f"source{number}"
+        source.mkdir()
+        (source / "config.json").write_text("{}")
+        save_file({f"layer{number}": torch.ones(64, 64)}, source / "model.safetensors")
+        bundles.append(tmp_path / f"bundle{number}")
+        words = ["pack", str(source), str(bundles[-1]), "--encrypt", "--key-file", str(key_file)]
+        assert tensorserve(words) == 0
+    shutil.copy(bundles[1] / "model.tensors", bundles[0] / "model.tensors")
+    outcome = up({"TENSORSERVE_MODEL_URI": str(bundles[0]), "TENSORSERVE_KEY_FILE": str(key_file)})
+    outcome.must_be(65, "manifest")

@@ -57,15 +57,6 @@ class Passphrase:
         """Where the passphrase came from; never the passphrase."""
         return self._passphrase.origin
 
-    def derive(self, parameters: PasswordHash) -> bytes:
-        """The key that `parameters` make of the passphrase, for sealing with."""
-        return derive_key(
-            self._passphrase.reveal(),
-            salt=parameters.salt,
-            passes=parameters.passes,
-            memory=parameters.memory,
-        )
-
     def for_header(self, header: TensorHeader) -> bytes:
         """The key of the file that ``header`` is from, derived once for equal parameters.
 

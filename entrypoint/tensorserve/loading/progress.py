@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 
@@ -13,7 +13,7 @@ class LoadProgress:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bytes: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._retries: Counter[str] = Counter()
         self._requests = 0
 

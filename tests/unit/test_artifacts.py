@@ -1,0 +1,110 @@
+"""The bundle's small files: which are fetched, where they may go, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from rangeserver import RangeServer
+
+from tensorserve.artifacts import fetch_artifacts, resolve_below
+from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.manifest import FileEntry, Manifest
+from tensorserve.sources import Access
+
+ACCESS = Access()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    directory = tmp_path / "bundle"
+    (directory / "1_Pooling").mkdir(parents=True)
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "1_Pooling/config.json",
+        "modeling.py",
+        ".hidden",
+    ):
+        (directory / name).write_text(name)
+    (directory / "model.tensors").write_bytes(b"x")
+    return directory
+
+
+def entry(name: str, content: str) -> FileEntry:
+    return FileEntry(name, len(content), hashlib.sha256(content.encode()).hexdigest())
+
+
+def test_small_files_are_fetched_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
+    """No weights, no hidden files, and no code that vLLM could run."""
+    out = tmp_path / "state" / "model"
+    written = fetch_artifacts(str(bundle), ACCESS, out)
+    assert set(written) == {"config.json", "tokenizer.json", "1_Pooling/config.json"}
+    assert (out / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+    assert out.stat().st_mode & 0o777 == 0o700
+    assert (out / "config.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_code_comes_only_where_the_user_trusts_it(bundle: Path, tmp_path: Path) -> None:
+    """A9: `--trust-remote-code` is the user's word."""
+    out = tmp_path / "model"
+    assert "modeling.py" in fetch_artifacts(str(bundle), ACCESS, out, remote_code=True)
+
+
+def test_without_a_listing_known_names_are_tried(bundle: Path, tmp_path: Path) -> None:
+    """An HTTP server without a manifest: what is not there is not an error."""
+    with RangeServer(bundle) as server:
+        written = fetch_artifacts(server.url, ACCESS, tmp_path / "model")
+    assert set(written) == {"config.json", "tokenizer.json", "1_Pooling/config.json"}
+
+
+def test_with_a_manifest_only_its_files_are_fetched_and_checked(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """A3: a file that was added is left out, one that was replaced ends the start."""
+    files = (entry("config.json", "config.json"), entry("tokenizer.json", "tokenizer.json"))
+    manifest = Manifest(files=files, tensors_files={}, encryption=None, made_by={})
+    out = tmp_path / "model"
+    assert set(fetch_artifacts(str(bundle), ACCESS, out, manifest)) == {
+        "config.json",
+        "tokenizer.json",
+    }
+    (bundle / "tokenizer.json").write_text("tokenizer.JSON")
+    with pytest.raises(CorruptError, match=r"tokenizer\.json is not the file that was packed"):
+        fetch_artifacts(str(bundle), ACCESS, out, manifest)
+    assert not (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "a\0b", "", ".", "a//b", "a\\b", "a/./b"]
+)
+def test_names_that_leave_the_directory_are_refused(tmp_path: Path, name: str) -> None:
+    """A2."""
+    with pytest.raises(CorruptError):
+        resolve_below(tmp_path, name)
+
+
+def test_links_in_the_way_are_refused(tmp_path: Path) -> None:
+    """A2: a directory that is a link leads elsewhere."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptError, match="through a link"):
+        resolve_below(tmp_path / "root", "sub/file")
+
+
+def test_a_disk_that_cannot_be_written_is_said_as_such(bundle: Path, tmp_path: Path) -> None:
+    """F10: a file stands where the directory should be made."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        fetch_artifacts(str(bundle), ACCESS, tmp_path / "file" / "model")
+
+
+def test_what_an_earlier_start_left_is_removed(bundle: Path, tmp_path: Path) -> None:
+    """A file of another model would confuse vLLM."""
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "stale.json").write_text("x")
+    fetch_artifacts(str(bundle), ACCESS, out)
+    assert not (out / "stale.json").exists()
