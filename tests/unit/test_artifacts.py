@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from rangeserver import RangeServer
 
+from rangeserver import RangeServer
 from tensorserve.artifacts import fetch_artifacts, resolve_below
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.manifest import FileEntry, Manifest

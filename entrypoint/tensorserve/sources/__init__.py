@@ -5,7 +5,6 @@ from __future__ import annotations
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.secret import redact_uri
 from tensorserve.sources.base import (
     Access,
     FetchObserver,
@@ -65,6 +64,8 @@ def list_names(uri: str, access: Access) -> dict[str, int] | None:
 
 def join(base: str, name: str) -> str:
     """The URI of `name` below the directory `base`. An HTTP query (a SAS token) is kept."""
+    if base.startswith("file://"):
+        return f"{base.rstrip('/')}/{quote(name)}"
     if _kind(base) != "http":
         return f"{base.rstrip('/')}/{name}"
     parts = urlsplit(base)
@@ -79,7 +80,8 @@ def _kind(uri: str) -> str:
         return "http"
     if scheme in {"s3", "file"}:
         return scheme
+    # Only the scheme is shown: what follows may hold a password, whatever "htps" is.
     raise ConfigurationError(
-        f"{redact_uri(uri)}: the scheme {scheme!r} is not supported.",
+        f"The scheme {scheme!r} of a URI is not supported.",
         hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
     )

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import re
-import ssl
 import time
 from base64 import b64encode
 from collections.abc import Mapping
-from http.client import HTTPResponse
 from typing import Protocol
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    IncompleteRead,
-    NameResolutionError,
-    NewConnectionError,
-    ProtocolError,
-    ReadTimeoutError,
-    SSLError,
-)
+from urllib3.exceptions import HTTPError
 
 from tensorserve.errors import (
     ConfigurationError,
@@ -30,30 +19,39 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.secret import redact_uri
-from tensorserve.sources.addresses import refuse_metadata
+from tensorserve.sources.addresses import host_and_port, refuse_metadata
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, RetryPolicy, Unobserved
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
+from tensorserve.sources.wire import Closing, as_passing, read_error_body, read_some
 
 # Read at open: enough for the header and the index's length, and often for a whole small file.
 HEAD_BYTES = 64 * 1024
 MAX_REDIRECTS = 5
 # 256 KiB a read: large enough that Python's share is small, small enough that the watchdog sees.
 _STEP = 256 * 1024
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+# 18 digits: an exbibyte, and no number that int() refuses.
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
 
 
 class Signer(Protocol):
     """Adds what a request needs to be allowed. Called for every attempt, so never stale."""
 
+    @property
+    def generation(self) -> int:
+        """Counts renewals: tells which credentials a request was signed with."""
+
     def sign(self, url: str, headers: dict[str, str]) -> Mapping[str, str]:
         """The headers to send for a GET of `url`."""
 
-    def refresh(self) -> bool:
-        """Get new credentials after a refusal; False if there is nothing to renew."""
+    def refresh(self, refused: int) -> bool:
+        """Get credentials newer than the generation `refused`; False if there are none.
+
+        Many ranges are refused in the same moment: the first renews, the others use it.
+        """
 
     def explain(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception | None:
-        """A better error than the status alone gives, or None."""
+        """A better error than the status alone gives (TryAgain, where it passes), or None."""
 
 
 class HttpSource:
@@ -69,6 +67,7 @@ class HttpSource:
         name: str | None = None,
         ca_bundle: str | None = None,
     ) -> None:
+        host_and_port(url, name or "The model's address")
         self._url, self._authorization = _without_user_info(url)
         self._origin = _origin(self._url)
         self.name = name or redact_uri(url)
@@ -76,7 +75,6 @@ class HttpSource:
         self._policy: RetryPolicy = access.policy
         self._observer = observer or Unobserved()
         self._signer = signer
-        self._renewed_at = 0.0
         timeout = urllib3.Timeout(
             connect=self._policy.connect_timeout, read=self._policy.stall_timeout
         )
@@ -91,9 +89,10 @@ class HttpSource:
         )
         self.size = -1
         self.version: str | None = None
+        self._etag: str | None = None
         self._modified: str | None = None
         self._head = b""
-        self._checked_hosts: set[str] = set()
+        self._checked_hosts: set[tuple[str, int]] = set()
         self._open()
 
     # What sources do -----------------------------------------------------------------------------
@@ -112,7 +111,10 @@ class HttpSource:
         attempts = Attempts(self._policy, self._observer, self.name)
         while done < len(buffer):
             try:
-                done += self._attempt(offset + done, buffer[done:], attempts)
+                try:
+                    done += self._attempt(offset + done, buffer[done:], attempts)
+                except _Refused as refused:
+                    self._renew(refused, attempts)
             except _Broken as broken:
                 done += broken.done
                 attempts.failed(broken.cause)
@@ -137,7 +139,7 @@ class HttpSource:
         while True:
             try:
                 response = self._request(0, HEAD_BYTES - 1, pinned=False)
-                with _Closing(response):
+                with Closing(response):
                     self._learn(response, attempts)
                 return
             except _Broken as broken:
@@ -147,12 +149,14 @@ class HttpSource:
 
     def _learn(self, response: urllib3.BaseHTTPResponse, attempts: Attempts) -> None:
         if response.status == 416:  # an empty object has no range
+            if response.headers.get("Content-Range", "bytes */0") != "bytes */0":
+                raise TryAgain("wrong_range", "the server refuses the first bytes of the object")
             self.size = 0
             return
         if response.status == 200:
             # F4: the server ignores Range. If it is the whole small file, that is an answer too.
             length = response.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > HEAD_BYTES:
+            if not length.isdecimal() or len(length) > 18 or int(length) > HEAD_BYTES:
                 raise SourceUnavailableError(
                     f"{self.name}: the server does not serve ranges (it answered 200 to one).",
                     hint="tensorserve reads ranges. Serve the model with nginx, S3, or another "
@@ -164,19 +168,17 @@ class HttpSource:
             count = last - first + 1
             if first != 0 or count != min(HEAD_BYTES, self.size):
                 raise TryAgain("wrong_range", "the server sent another range than was asked for")
-        etag = response.headers.get("ETag")
-        # A weak ETag does not promise equal bytes (RFC 9110, 8.8.1).
-        self.version = etag if etag and not etag.startswith("W/") else None
+        self._etag = response.headers.get("ETag")
         self._modified = response.headers.get("Last-Modified")
-        if self.version is None:
-            self.version = self._modified
+        # A weak ETag does not promise equal bytes (RFC 9110, 8.8.1).
+        self.version = self._etag if self._has_strong_etag() else self._modified
         head = bytearray(count)
         self._receive(response, memoryview(head), attempts)
         self._head = bytes(head)
 
     def _attempt(self, offset: int, buffer: memoryview, attempts: Attempts) -> int:
         response = self._request(offset, offset + len(buffer) - 1, pinned=True)
-        with _Closing(response):
+        with Closing(response):
             if response.status != 206:
                 raise SourceUnavailableError(
                     f"{self.name}: the server answered {response.status} to a range; that is the "
@@ -199,12 +201,12 @@ class HttpSource:
         window_start, window_bytes = time.monotonic(), 0
         try:
             while done < len(buffer):
-                count = _readinto(response, buffer[done : done + _STEP])
+                count = read_some(response, buffer[done : done + _STEP])
                 if not count:
                     raise TryAgain("short_body", "the connection ended before the range did")
                 done += count
                 self._observer.received(count)
-                attempts.progressed()
+                attempts.progressed(count)
                 window_bytes += count
                 elapsed = time.monotonic() - window_start
                 if elapsed >= self._policy.stall_timeout:
@@ -214,25 +216,23 @@ class HttpSource:
         except TryAgain as cause:
             raise _Broken(done, cause) from cause
         except (HTTPError, OSError) as error:
-            raise _Broken(done, self._as_passing(error)) from error
+            raise _Broken(done, self._as_passing(error, response.url or self._url)) from error
         return done
 
     def _request(self, first: int, last: int, *, pinned: bool) -> urllib3.BaseHTTPResponse:
         """A GET of bytes [first, last], redirects followed. TryAgain for what may pass."""
         url = self._url
         for _ in range(MAX_REDIRECTS + 1):
-            parts = urlsplit(url)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            if parts.netloc not in self._checked_hosts:
-                refuse_metadata(parts.hostname or "", port, self._access.allowed_hosts)
-                self._checked_hosts.add(parts.netloc)
+            self._check_host(url)
             headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
             if pinned:
                 self._pin(headers)
+            generation = 0
             if _origin(url) == self._origin:  # credentials go nowhere else
                 if self._authorization:
                     headers["Authorization"] = self._authorization
                 if self._signer:
+                    generation = self._signer.generation
                     headers = dict(self._signer.sign(url, headers))
             self._observer.request()
             try:
@@ -240,49 +240,73 @@ class HttpSource:
                     "GET", url, headers=headers, preload_content=False, redirect=False
                 )
             except (HTTPError, OSError) as error:
-                raise self._as_passing(error) from error
+                raise self._as_passing(error, url) from error
             location = response.headers.get("Location")
             if response.status not in {301, 302, 303, 307, 308} or not location:
-                self._check_status(response)
+                self._check_status(response, url, generation)
                 return response
-            with _Closing(response):
+            with Closing(response):
+                if self._signer:  # S3 says "another region" so, where no signature of ours is valid
+                    body = self._error_body(response, url)
+                    explained = self._signer.explain(response.status, response.headers, body)
+                    if explained is not None:
+                        raise explained
                 url = _redirected(url, location, self.name)
         raise SourceUnavailableError(
             f"{self.name}: more than {MAX_REDIRECTS} redirects.", hint="Give the final URL."
         )
 
+    def _check_host(self, url: str) -> None:
+        """Raises ConfigurationError, or TryAgain("dns")."""
+        host, port = host_and_port(url, f"{self.name}: what it redirects to")
+        if (host, port) not in self._checked_hosts:
+            refuse_metadata(host, port, self._access.allowed_hosts)
+            self._checked_hosts.add((host, port))
+
+    def _has_strong_etag(self) -> bool:
+        return bool(self._etag) and not str(self._etag).startswith("W/")
+
     def _pin(self, headers: dict[str, str]) -> None:
-        if self.version and self.version != self._modified:
-            headers["If-Match"] = self.version
+        if self._etag and self._has_strong_etag():
+            headers["If-Match"] = self._etag
         elif self._modified:
             headers["If-Unmodified-Since"] = self._modified
 
-    def _check_status(self, response: urllib3.BaseHTTPResponse) -> None:
+    def _check_status(self, response: urllib3.BaseHTTPResponse, url: str, generation: int) -> None:
         status = response.status
         if status in {200, 206, 416}:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding not in {"", "identity"}:
-                with _Closing(response):
+                with Closing(response):
                     raise SourceUnavailableError(
                         f"{self.name}: the server sends it as {encoding!r}.",
                         hint="Switch compression off for .tensors files.",
                     )
             if status == 416 and self.size > 0:
-                with _Closing(response):
+                with Closing(response):
                     raise self._replaced()
             return
-        with _Closing(response):
-            body = response.read(64 * 1024, decode_content=False)
-            raise self._status_error(status, response.headers, body)
+        with Closing(response):
+            if status in _PASSING:  # the text would tell nothing more
+                error: Exception = self._status_error(status, response.headers, b"")
+            else:
+                body = self._error_body(response, url)
+                error = self._status_error(status, response.headers, body)
+            # F5: it was allowed before, so a session may have run out in the middle.
+            if isinstance(error, PermissionDeniedError) and self._signer and self.size >= 0:
+                raise _Refused(generation, error)
+            raise error
+
+    def _error_body(self, response: urllib3.BaseHTTPResponse, url: str) -> bytes:
+        try:
+            return read_error_body(response, self._policy.stall_timeout)
+        except (HTTPError, OSError) as error:
+            raise self._as_passing(error, url) from error
 
     def _status_error(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception:
         if status == 412:
             return self._replaced()
         explained = self._signer.explain(status, headers, body) if self._signer else None
-        expired = status == 403 or isinstance(explained, PermissionDeniedError)
-        if expired and self.size >= 0 and self._renew():
-            # F5: it was allowed before; a session ran out in the middle.
-            return TryAgain("expired", "the credentials expired", after=0.0)
         if explained is not None:
             return explained
         if status in {401, 403}:
@@ -300,14 +324,12 @@ class HttpSource:
             )
         return SourceUnavailableError(f"{self.name}: the server answers {status}.")
 
-    def _renew(self) -> bool:
-        """New credentials, once in a while: many ranges fail at the same moment."""
-        if self._signer is None:
-            return False
-        if time.monotonic() - self._renewed_at < 5.0:
-            return False
-        self._renewed_at = time.monotonic()
-        return self._signer.refresh()
+    def _renew(self, refused: _Refused, attempts: Attempts) -> None:
+        """F5: TryAgain with new credentials, or the refusal itself where they are no help."""
+        assert self._signer is not None
+        if not attempts.may_renew() or not self._signer.refresh(refused.generation):
+            raise refused.error from None
+        raise TryAgain("expired", "the credentials expired", after=0.0)
 
     def _content_range(self, response: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -316,12 +338,16 @@ class HttpSource:
         return int(match[1]), int(match[2]), int(match[3])
 
     def _same_version(self, response: urllib3.BaseHTTPResponse) -> None:
-        if self.version and self.version != self._modified:
-            etag = response.headers.get("ETag")
-            if etag is not None and etag != self.version:
+        """What the server says of this range is what it said at open, with precondition or not."""
+        expected = {"ETag": self._etag}
+        if not self._has_strong_etag():
+            expected["Last-Modified"] = self._modified
+        for name, value in expected.items():
+            found = response.headers.get(name)
+            if value is not None and found is None:
+                raise TryAgain("no_version", f"a range came without its version ({name})")
+            if found != value:
                 raise self._replaced()
-        elif self._modified and response.headers.get("Last-Modified") not in {None, self._modified}:
-            raise self._replaced()
 
     def _replaced(self) -> CorruptError:
         return CorruptError(
@@ -329,30 +355,8 @@ class HttpSource:
             hint="Start again; upload models under a new name instead of over an old one.",
         )
 
-    def _as_passing(self, error: HTTPError | OSError) -> TryAgain:
-        """What went wrong on the wire, said as what it is. TLS failures do not pass: raised."""
-        host = urlsplit(self._url).netloc
-        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            return TryAgain("reset", f"{host} broke the connection")
-        if isinstance(error, SSLError | ssl.SSLError):
-            raise SourceUnavailableError(
-                f"{self.name}: TLS with {host} failed: {error}.",
-                hint="Is it a private CA? Name its bundle in AWS_CA_BUNDLE (S3) or SSL_CERT_FILE.",
-            ) from error
-        if isinstance(error, NameResolutionError):
-            return TryAgain("dns", f"the name of {host} cannot be resolved")
-        # NewConnectionError is a ConnectTimeoutError to urllib3: asked first.
-        if isinstance(error, NewConnectionError):
-            return TryAgain("connect", f"no connection to {host}: {_reason(error)}")
-        if isinstance(error, ConnectTimeoutError):
-            return TryAgain("connect", f"no connection to {host} in time")
-        if isinstance(error, ReadTimeoutError | TimeoutError):
-            return TryAgain("stall", f"{host} sent nothing for {self._policy.stall_timeout:g} s")
-        if isinstance(error, IncompleteRead):
-            return TryAgain("short_body", "the connection ended before the range did")
-        if isinstance(error, ProtocolError | ConnectionError):
-            return TryAgain("reset", f"{host} broke the connection")
-        return TryAgain("transport", f"{host}: {type(error).__name__}")
+    def _as_passing(self, error: HTTPError | OSError, url: str) -> TryAgain:
+        return as_passing(error, url, self.name, self._policy.stall_timeout)
 
 
 class _Broken(Exception):
@@ -364,46 +368,13 @@ class _Broken(Exception):
         self.cause = cause
 
 
-class _Closing:
-    """Gives the connection back if the body was read to its end, else closes it."""
+class _Refused(Exception):
+    """The credentials of this generation were refused in the middle."""
 
-    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
-        self._response = response
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        # We read past urllib3's own accounting: http.client knows whether the body is finished.
-        raw = getattr(self._response, "_fp", None)
-        if raw is None or not raw.isclosed():
-            self._response.close()
-        self._response.release_conn()
-
-
-def _readinto(response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
-    """What has arrived, straight from the socket into `buffer`, without waiting for all of it.
-
-    urllib3's readinto makes a copy, and http.client's waits until the buffer is full: a stall would
-    lose what came before it, and a trickle would never be seen. So: one read of the socket's file,
-    and http.client's own count kept right, by which it knows when the connection is free again.
-    """
-    raw = getattr(response, "_fp", None)
-    if not isinstance(raw, HTTPResponse) or raw.chunked or raw.length is None:
-        data = response.read(len(buffer), decode_content=False)
-        buffer[: len(data)] = data
-        return len(data)
-    if raw.fp is None or not raw.length:
-        return 0
-    count = raw.fp.readinto1(buffer[: raw.length])
-    raw.length -= count
-    if not raw.length or not count:
-        raw.close()  # frees the connection for the next request
-    return int(count)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error)
-    return "connection refused" if "refused" in text else text.rpartition(": ")[2]
+    def __init__(self, generation: int, error: PermissionDeniedError) -> None:
+        super().__init__(error.message)
+        self.generation = generation
+        self.error = error
 
 
 def _without_user_info(url: str) -> tuple[str, str | None]:
@@ -421,8 +392,11 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _redirected(url: str, location: str, name: str) -> str:
-    target = urljoin(url, location)
-    parts = urlsplit(target)
+    try:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: redirects to what is not a URL.") from error
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigurationError(f"{name}: redirects to {parts.scheme!r}, which is not HTTP.")
     if urlsplit(url).scheme == "https" and parts.scheme == "http":

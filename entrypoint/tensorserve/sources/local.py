@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from tensorserve.errors import CorruptError, PermissionDeniedError, SourceUnavailableError
+from tensorserve.errors import (
+    ConfigurationError,
+    CorruptError,
+    PermissionDeniedError,
+    SourceUnavailableError,
+)
 from tensorserve.sources.base import FetchObserver, NotFoundError, Unobserved
 
 
@@ -18,21 +24,20 @@ class LocalSource:
         self.name = str(path)
         self._observer = observer or Unobserved()
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+            # O_NONBLOCK: opening a pipe would wait for its writer. Files know no such waiting.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{path} does not exist.", hint="Is the volume mounted?") from error
         except PermissionError as error:
-            raise PermissionDeniedError(
-                f"{path} cannot be read by user {os.getuid()}.",
-                hint="Give the container's user read access (chmod o+r, or a matching group).",
-            ) from error
+            raise _unreadable(path) from error
         except OSError as error:
             raise SourceUnavailableError(f"{path}: {error.strerror}.") from error
         info = os.fstat(self._fd)
-        if os.path.isdir(path):  # noqa: PTH112 - asks the path that was opened
+        if not stat.S_ISREG(info.st_mode):
             os.close(self._fd)
+            what = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
             raise NotFoundError(
-                f"{path} is a directory, a file was expected.",
+                f"{path} is {what}, a file was expected.",
                 hint="Give the directory of the bundle, or the .tensors file itself.",
             )
         self.size = info.st_size
@@ -40,6 +45,11 @@ class LocalSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. Raises CorruptError if the file changed or is too short."""
+        if offset < 0 or offset + len(buffer) > self.size:
+            raise CorruptError(
+                f"{self.name}: bytes {offset} to {offset + len(buffer)} are beyond its end "
+                f"({self.size} bytes)."
+            )
         self._observer.request()
         done = 0
         while done < len(buffer):
@@ -76,21 +86,30 @@ class LocalSource:
 
 
 def local_path(uri: str) -> Path:
-    """The path that `uri` (a path, or file://) means."""
-    if uri.startswith("file://"):
-        parts = urlsplit(uri)
-        return Path(unquote(parts.path))
-    return Path(uri)
+    """The path that `uri` (a path, or file:///...) means. Raises ConfigurationError."""
+    if not uri.startswith("file://"):
+        return Path(uri)
+    # Not urlsplit: "?" and "#" are ordinary characters in a file's name.
+    path = uri.removeprefix("file://").removeprefix("localhost")
+    if not path.startswith("/"):
+        raise ConfigurationError(
+            f"{uri} names a file on another host ({path.partition('/')[0]}).",
+            hint=f"Three slashes make an absolute path: file:///{path}",
+        )
+    return Path(unquote(path))
 
 
 def list_directory(root: Path) -> dict[str, int]:
-    """{relative name: bytes} of the files below `root`. Links that lead out of it are refused."""
+    """{relative name: bytes} of the files below `root`. Links that lead out of it are refused.
+
+    Raises NotFoundError, CorruptError (such a link) or PermissionDeniedError.
+    """
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory.", hint="Is the volume mounted?")
     real_root = root.resolve()
     found: dict[str, int] = {}
-    for directory, _, files in os.walk(root):
-        for name in files:
+    for directory, directories, files in os.walk(root, onerror=_cannot_list):
+        for name in [*directories, *files]:
             path = Path(directory, name)
             # A volume of a Kubernetes secret or config map is made of links inside itself.
             if not path.resolve().is_relative_to(real_root):
@@ -100,6 +119,20 @@ def list_directory(root: Path) -> dict[str, int]:
             if path.is_file():
                 found[str(path.relative_to(root))] = path.stat().st_size
     return found
+
+
+def _cannot_list(error: OSError) -> None:
+    """What os.walk would pass over in silence: a file not seen now is a puzzle later."""
+    if isinstance(error, PermissionError):
+        raise _unreadable(error.filename) from error
+    raise SourceUnavailableError(f"{error.filename}: {error.strerror}.") from error
+
+
+def _unreadable(path: Path | str) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"{path} cannot be read by user {os.getuid()}.",
+        hint="Give the container's user read access (chmod o+r, or a matching group).",
+    )
 
 
 def _identity(info: os.stat_result) -> str:

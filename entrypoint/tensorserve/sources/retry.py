@@ -31,12 +31,29 @@ class Attempts:
         self._observer = observer
         self._name = name
         self._failures = 0
+        self._bytes = 0
+        self._renewed = False
         self._progress_at = time.monotonic()
 
-    def progressed(self) -> None:
-        """Bytes arrived: patience starts anew."""
-        self._failures = 0
-        self._progress_at = time.monotonic()
+    def progressed(self, count: int) -> None:
+        """`count` bytes arrived. Patience starts anew, unless they only trickle in.
+
+        Measured since patience began, pauses included: else a source that gives a few bytes to
+        each connection is never given up.
+        """
+        self._bytes += count
+        if self._bytes >= self._policy.minimum_rate * (time.monotonic() - self._progress_at):
+            self._failures = 0
+            self._bytes = 0
+            self._renewed = False
+            self._progress_at = time.monotonic()
+
+    def may_renew(self) -> bool:
+        """Whether new credentials are worth a try: once between two bytes of progress."""
+        if self._renewed:
+            return False
+        self._renewed = True
+        return True
 
     def failed(self, cause: TryAgain) -> None:
         """Wait before the next attempt, or raise SourceUnavailableError if there is to be none."""

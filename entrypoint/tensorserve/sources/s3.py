@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -17,12 +18,30 @@ from tensorserve.errors import (
 )
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access
 from tensorserve.sources.http import HttpSource
+from tensorserve.sources.retry import TryAgain
 
 _ERROR_CODE = re.compile(rb"<Code>([^<]+)</Code>")
 _NO_CREDENTIALS_HINT = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE forms), a profile, "
     "or give the machine a role."
 )
+
+
+@contextmanager
+def _provider_errors() -> Iterator[None]:
+    """What goes wrong between botocore and whoever gives the credentials, as our errors."""
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+    try:
+        yield
+    except HTTPClientError as error:
+        raise TryAgain(
+            "credentials", f"the credentials' provider cannot be reached: {error}"
+        ) from error
+    except (BotoCoreError, ClientError) as error:  # ClientError: what STS answers
+        raise PermissionDeniedError(
+            f"The AWS credentials could not be had or renewed: {error}.", hint=_NO_CREDENTIALS_HINT
+        ) from error
 
 
 class S3Account:
@@ -35,6 +54,7 @@ class S3Account:
 
         self._access = access
         self._lock = threading.Lock()
+        self.generation = 0
         session: Any = botocore.session.get_session()
         if access.access_key_id is not None and access.secret_access_key is not None:
             session.set_credentials(
@@ -72,31 +92,46 @@ class S3Account:
         """`headers` with a fresh signature (SigV4) for a GET of `url`."""
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
-        from botocore.exceptions import BotoCoreError
 
         request = AWSRequest(method="GET", url=url, headers=dict(headers))
         # The body is empty: its hash is a constant, and no chunked signing is wanted.
         request.context["payload_signing_enabled"] = False
-        try:
-            with self._lock:  # refreshing credentials is not re-entrant
-                frozen = self._credentials.get_frozen_credentials()
-        except BotoCoreError as error:
-            raise PermissionDeniedError(
-                f"The AWS credentials could not be renewed: {error}.", hint=_NO_CREDENTIALS_HINT
-            ) from error
+        with self._lock:  # refreshing credentials is not re-entrant
+            frozen = self._frozen()
         S3SigV4Auth(frozen, "s3", self.region).add_auth(request)
         return dict(request.headers.items())
 
-    def renew(self) -> bool:
-        """Ask the chain for new credentials; False where they are static."""
+    def renew(self, refused: int) -> bool:
+        """Ask the chain for credentials newer than generation `refused`; False if it has none.
+
+        Raises PermissionDeniedError if the provider refuses, TryAgain if it cannot be reached.
+        """
         with self._lock:
-            refresh = getattr(self._credentials, "_refresh", None)
-            if refresh is None:
+            if self.generation != refused:
+                return True  # another range was refused at the same moment, and has renewed them
+            if self._access.access_key_id is not None:
                 return False
-            # botocore refreshes when it believes that they expired; the server just said so.
-            self._credentials._expiry_time = self._credentials._time_fetcher()
-            refresh()
+            before = self._frozen()
+            if hasattr(self._credentials, "_expiry_time"):
+                # botocore refreshes when it believes that they expired; the server just said so.
+                self._credentials._expiry_time = self._credentials._time_fetcher()
+            else:
+                # A file, perhaps with a sidecar that writes new ones into it: only a new session
+                # reads it again.
+                import botocore.session
+
+                with _provider_errors():
+                    found = botocore.session.get_session().get_credentials()
+                self._credentials = found or self._credentials
+            if self._frozen() == before:
+                return False
+            self.generation += 1
             return True
+
+    def _frozen(self) -> Any:
+        """Key, secret and token of one moment, renewed by botocore if their time is up."""
+        with _provider_errors():
+            return self._credentials.get_frozen_credentials()
 
     def client(self) -> Any:
         """A boto3-compatible client, for listing and writing."""
@@ -144,15 +179,23 @@ class S3Signer:
         """As `Signer.sign`."""
         return self._account.signed(url, headers)
 
-    def refresh(self) -> bool:
+    @property
+    def generation(self) -> int:
+        """As `Signer.generation`."""
+        return self._account.generation
+
+    def refresh(self, refused: int) -> bool:
         """As `Signer.refresh`."""
-        return self._account.renew()
+        return self._account.renew(refused)
 
     def explain(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception | None:
         """As `Signer.explain`: from the code in S3's error document."""
         found = _ERROR_CODE.search(body)
+        code = found[1].decode("ascii", "replace") if found else ""
+        if code == "RequestTimeout":  # a 400 that passes: the server waited in vain for our request
+            return TryAgain("request_timeout", "S3 gave up waiting for the request")
         return explain_code(
-            found[1].decode("ascii", "replace") if found else "",
+            code,
             status,
             headers,
             name=self._name,
@@ -274,8 +317,9 @@ def split_s3(uri: str) -> tuple[str, str]:
 
 
 def _skew(headers: Mapping[str, str]) -> str:
-    date = headers.get("Date") or headers.get("date")
-    if not date:
+    try:
+        there = parsedate_to_datetime(headers.get("Date") or headers.get("date") or "")
+    except ValueError:
         return "too much"
-    seconds = time.time() - parsedate_to_datetime(date).timestamp()
+    seconds = time.time() - there.timestamp()
     return f"{abs(seconds):.0f} s (this machine is {'ahead' if seconds > 0 else 'behind'})"

@@ -110,3 +110,70 @@ def test_another_scheme_is_refused() -> None:
     """Names those that work."""
     with pytest.raises(ConfigurationError, match="'gs'"):
         open_source("gs://b/m", ACCESS)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(90, 11), (101, 1), (-1, 2)])
+def test_bytes_beyond_the_end_are_refused(tmp_path: Path, offset: int, length: int) -> None:
+    """An index that lies is told apart from a file that was cut off."""
+    (tmp_path / "m").write_bytes(bytes(100))
+    source = open_source(str(tmp_path / "m"), ACCESS)
+    with pytest.raises(CorruptError, match="beyond its end"):
+        source.read(offset, length)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    """Opening a pipe would wait for a writer, for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotFoundError, match="not a regular file"):
+        open_source(str(tmp_path / "pipe"), ACCESS)
+
+
+def test_a_name_below_a_file_is_not_found(tmp_path: Path) -> None:
+    """TENSORSERVE_MODEL_URI may be one file: there is nothing below it."""
+    (tmp_path / "m.tensors").write_bytes(b"x")
+    with pytest.raises(NotFoundError):
+        open_source(join(str(tmp_path / "m.tensors"), "config.json"), ACCESS)
+
+
+def test_a_file_uri_with_a_host_is_refused() -> None:
+    """file://models/m (two slashes) means /m on the host "models", which nobody wants."""
+    with pytest.raises(ConfigurationError, match="file:///models/m"):
+        open_source("file://models/m", ACCESS)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b", "a b", "rank-%03d"])
+def test_names_below_a_file_uri_are_found_as_they_are(tmp_path: Path, name: str) -> None:
+    """What has a meaning in URIs is an ordinary character in a file's name."""
+    (tmp_path / name).write_bytes(b"x")
+    assert open_source(join(f"file://{tmp_path}", name), ACCESS).size == 1
+
+
+def test_a_directory_that_cannot_be_listed_is_said_as_such(tmp_path: Path) -> None:
+    """Files that are not seen would be missing later, for no visible reason."""
+    (tmp_path / "bundle" / "closed").mkdir(parents=True)
+    (tmp_path / "bundle" / "closed").chmod(0)
+    for directory in [tmp_path / "bundle", *tmp_path.parents][:4]:
+        if directory.stat().st_uid == os.getuid() and directory != Path("/tmp"):
+            directory.chmod(0o755)
+    tmp_path.chmod(0o755)
+    pid = os.fork()
+    if pid == 0:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            list_names(str(tmp_path / "bundle"), ACCESS)
+        except PermissionDeniedError:
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - the exit code tells the test
+            os._exit(2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_directory_link_that_leads_out_is_refused(tmp_path: Path) -> None:
+    """A2: as for files."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptError, match="leads out"):
+        list_names(str(tmp_path / "bundle"), ACCESS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ POLICY = RetryPolicy(attempts=3, deadline=5, backoff_base=0.01)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with S3Server(tmp_path_factory.mktemp("s3")) as running:
-        running.make_bucket("models")
-        yield running
+def server(s3: S3Server, bucket: str) -> S3Server:
+    assert bucket == "models"
+    return s3
 
 
 def access_of(server: S3Server, **changes: Any) -> Access:

@@ -1,0 +1,120 @@
+"""What comes off the wire: bodies without copies or waiting, and failures said as what they are."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from http.client import HTTPResponse
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    IncompleteRead,
+    NameResolutionError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from tensorserve.errors import SourceUnavailableError
+from tensorserve.sources.retry import TryAgain
+
+# Of an error document; S3's are a few hundred bytes.
+MAX_ERROR_BODY = 64 * 1024
+
+
+class Closing:
+    """Gives the connection back if the body was read to its end, else closes it."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
+        self._response = response
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        # We read past urllib3's own accounting: http.client knows whether the body is finished.
+        raw = getattr(self._response, "_fp", None)
+        if raw is None or not raw.isclosed():
+            self._response.close()
+        self._response.release_conn()
+
+
+def read_some(response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
+    """What has arrived, straight from the socket into `buffer`, without waiting for all of it.
+
+    urllib3's readinto makes a copy, and http.client's waits until the buffer is full: a stall would
+    lose what came before it, and a trickle would never be seen. So: one read of the socket's file,
+    and http.client's own count kept right, by which it knows when the connection is free again.
+    Returns 0 at the end. Raises urllib3's errors and OSError.
+    """
+    raw = getattr(response, "_fp", None)
+    if not isinstance(raw, HTTPResponse) or raw.chunked or raw.length is None:
+        data = response.read1(len(buffer), decode_content=False)
+        buffer[: len(data)] = data
+        return len(data)
+    if raw.fp is None or not raw.length:
+        return 0
+    count = raw.fp.readinto1(buffer[: raw.length])
+    raw.length -= count
+    if not raw.length or not count:
+        raw.close()  # frees the connection for the next request
+    return int(count)
+
+
+def read_error_body(response: urllib3.BaseHTTPResponse, seconds: float) -> bytes:
+    """The document that explains a refusal, at most MAX_ERROR_BODY bytes of it.
+
+    Raises TryAgain if it breaks off or takes longer than `seconds`: half of it may lack the code.
+    """
+    body = bytearray(MAX_ERROR_BODY)
+    view = memoryview(body)
+    promised = response.headers.get("Content-Length", "")
+    whole = int(promised) if promised.isdecimal() and len(promised) < 19 else 0
+    done = 0
+    until = time.monotonic() + seconds
+    while done < len(body):
+        count = read_some(response, view[done:])
+        if not count:
+            break
+        done += count
+        if time.monotonic() > until:
+            raise TryAgain("stall", "an error's own text takes too long")
+    if done < min(whole, len(body)):
+        raise TryAgain("short_body", "the connection ended within an error's own text")
+    return bytes(view[:done])
+
+
+def as_passing(error: HTTPError | OSError, url: str, name: str, stall_timeout: float) -> TryAgain:
+    """What went wrong on the way to `url`. SourceUnavailableError if that does not pass (TLS)."""
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    if isinstance(error, SSLError | ssl.SSLError):
+        # urllib3 wraps the error of the handshake, not those of reading.
+        cause = error.args[0] if isinstance(error, SSLError) and error.args else error
+        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return TryAgain("tls", f"{host} broke the connection within TLS")
+        raise SourceUnavailableError(
+            f"{name}: TLS with {host} failed: {error}.",
+            hint="Is it a private CA? Name its bundle in AWS_CA_BUNDLE (S3) or SSL_CERT_FILE.",
+        ) from error
+    if isinstance(error, NameResolutionError):
+        return TryAgain("dns", f"the name of {host} cannot be resolved")
+    # NewConnectionError is a ConnectTimeoutError to urllib3: asked first.
+    if isinstance(error, NewConnectionError):
+        return TryAgain("connect", f"no connection to {host}: {_reason(error)}")
+    if isinstance(error, ConnectTimeoutError):
+        return TryAgain("connect", f"no connection to {host} in time")
+    if isinstance(error, ReadTimeoutError | TimeoutError):
+        return TryAgain("stall", f"{host} sent nothing for {stall_timeout:g} s")
+    if isinstance(error, IncompleteRead):
+        return TryAgain("short_body", "the connection ended before the range did")
+    if isinstance(error, ProtocolError | ConnectionError):
+        return TryAgain("reset", f"{host} broke the connection")
+    return TryAgain("transport", f"{host}: {type(error).__name__}")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return "connection refused" if "refused" in text else text.rpartition(": ")[2]

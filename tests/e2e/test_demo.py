@@ -1,0 +1,76 @@
+"""`make demo` does what the README says, and Ctrl-C stops all of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from running import session_processes
+
+DEMO = Path(__file__).parents[2] / "demo" / "demo.py"
+
+
+def start(log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-u", str(DEMO)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def children_of_demo() -> set[int]:
+    """Servers and engines that a demo leaves running, found by what they are."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b".cache/demo" in words or b"tensorserve-demo-" in words:
+                found.add(int(entry.name))
+    return found
+
+
+def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
+    """A question over the API, the report, exit code 0."""
+    log = tmp_path / "demo.log"
+    demo = start(log)
+    code = demo.wait(300)
+    text = log.read_text()
+    assert code == 0, text
+    assert "Paris" in text
+    assert "postprocess" in text.partition("Where the time of the start went")[2]
+    assert session_processes(demo.pid) == []
+    assert children_of_demo() == set()
+
+
+@pytest.mark.parametrize("moment", ["real S3 server", "import", "Packed and encrypted"])
+def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
+    """At whatever step: exit code 130, and nothing is left."""
+    log = tmp_path / "demo.log"
+    demo = start(log)
+    wait_for_text(log, demo, {"real S3 server": "──"}.get(moment, moment))
+    # A terminal sends Ctrl-C to the whole foreground group.
+    os.killpg(demo.pid, signal.SIGINT)
+    assert demo.wait(30) == 130, log.read_text()
+    assert session_processes(demo.pid) == []
+    assert children_of_demo() == set()
+
+
+def wait_for_text(log: Path, demo: subprocess.Popen[bytes], text: str) -> None:
+    deadline = time.monotonic() + 120
+    pause = threading.Event()
+    while text not in log.read_text():
+        assert demo.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        pause.wait(0.02)

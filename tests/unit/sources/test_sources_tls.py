@@ -1,0 +1,156 @@
+"""TLS and addresses: a private CA, no way back from https, and metadata hosts in disguise."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import ssl
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from faultserver import Asked, FaultServer, Reply
+from tensorserve.errors import ConfigurationError, SourceUnavailableError
+from tensorserve.secret import Secret
+from tensorserve.sources import Access, RetryPolicy, S3Access, open_source
+
+DATA = os.urandom(200_000)
+POLICY = RetryPolicy(attempts=2, deadline=3, connect_timeout=1, stall_timeout=1, backoff_base=0.01)
+
+
+def answer(asked: Asked) -> Reply:
+    """DATA."""
+    last = min(asked.last, len(DATA) - 1)
+    headers = {"Content-Range": f"bytes {asked.first}-{last}/{len(DATA)}", "ETag": '"a"'}
+    return Reply(206, headers, DATA[asked.first : last + 1])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of 127.0.0.1 that is its own CA, with its key in the same file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a private CA")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    path.write_bytes(
+        certificate.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def context(certificate: Path) -> ssl.SSLContext:
+    """The server's side."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(certificate)
+    return made
+
+
+def s3_access(server: FaultServer, ca_bundle: str | None) -> Access:
+    """S3 over TLS."""
+    s3 = S3Access(
+        endpoint_url=server.url,
+        region="us-east-1",
+        ca_bundle=ca_bundle,
+        access_key_id=Secret("id"),
+        secret_access_key=Secret("s"),
+    )
+    return Access(s3=s3, policy=POLICY)
+
+
+def test_s3_behind_a_private_ca_is_read_with_its_bundle(
+    context: ssl.SSLContext, certificate: Path
+) -> None:
+    """F16: AWS_CA_BUNDLE."""
+    with FaultServer(answer, tls=context) as server:
+        source = open_source("s3://b/m", s3_access(server, str(certificate)))
+        assert source.read(100_000, 50_000) == DATA[100_000:150_000]
+
+
+def test_http_behind_a_private_ca_is_read_with_ssl_cert_file(
+    context: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F16: what the hint of the error says does work."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with FaultServer(answer, tls=context) as server:
+        source = open_source(f"{server.url}/m", Access(policy=POLICY))
+        assert source.read(0, len(DATA)) == DATA
+
+
+def test_a_private_ca_that_is_not_trusted_is_said_as_such(context: ssl.SSLContext) -> None:
+    """F16: it does not pass, so nothing is tried again."""
+    with (
+        FaultServer(answer, tls=context) as server,
+        pytest.raises(
+            SourceUnavailableError, match=r"(?s)certificate verify failed.*AWS_CA_BUNDLE"
+        ),
+    ):
+        open_source("s3://b/m", s3_access(server, None))
+    assert not server.requests
+
+
+def test_a_ca_bundle_that_does_not_exist_is_said_as_such(context: ssl.SSLContext) -> None:
+    """With its path's error, and not as a traceback."""
+    with (
+        FaultServer(answer, tls=context) as server,
+        pytest.raises(SourceUnavailableError, match="No such file"),
+    ):
+        open_source("s3://b/m", s3_access(server, "/nowhere/ca.pem"))
+
+
+def test_a_redirect_from_https_to_http_is_refused(
+    context: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F17: weights (and what stands in the URL) do not leave TLS."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with FaultServer(answer) as plain:
+        away = Reply(302, {"Location": f"{plain.url}/m"})
+        with (
+            FaultServer(lambda _: away, tls=context) as server,
+            pytest.raises(ConfigurationError, match="from https to plain http"),
+        ):
+            open_source(f"{server.url}/m", Access(policy=POLICY))
+        assert server.fired["302"] == 1
+        assert not plain.requests
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["[::ffff:169.254.169.254]", "2852039166", "0xa9fea9fe", "[fd00:ec2::254]", "169.254.170.2"],
+)
+def test_a_metadata_address_is_known_in_any_form(host: str) -> None:
+    """A8: what the name resolves to is checked, not how it is written."""
+    with pytest.raises(ConfigurationError, match="credentials"):
+        open_source(f"http://{host}/m", Access(policy=POLICY))
+
+
+def test_a_host_that_is_allowed_by_name_is_asked() -> None:
+    """A8: whoever means it can say so; case does not matter in names."""
+    allowed = Access(policy=POLICY, allowed_hosts=frozenset({"FE80::1"}))
+    with pytest.raises(SourceUnavailableError):
+        open_source("http://[fe80::1]:9/m", allowed)
