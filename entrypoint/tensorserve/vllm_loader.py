@@ -207,8 +207,13 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
                 )
             target.data.copy_(tensor)
             filled.add(target.data_ptr())
-    # Tied parameters share memory: one of their names is enough.
-    left = [n for n, t in targets.items() if t.numel() and t.data_ptr() not in filled]
+    # Tied parameters share memory: one of their names is enough. Buffers are born with a value
+    # (the scales of the KV cache with 1).
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and parameter.data_ptr() not in filled
+    ]
     if left:
         raise CorruptError(
             f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",

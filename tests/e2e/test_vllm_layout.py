@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 RANKS = 2
 KEY = bytes(range(32))
 PROMPTS = ["The capital of France is", "1 2 3 4"]
-FLAGS = {"TENSOR_PARALLEL_SIZE": str(RANKS)}
+# One core for each rank: vLLM would otherwise give both the same ones.
+BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,11 @@ def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) 
 
     stock = stock_vllm(tmp_path, tiny)
     stock.command += ["--tensor-parallel-size", str(RANKS)]
+    stock.environment |= BINDING
     with stock:
         stock.wait_ready()
         wanted = stock.completions("model", PROMPTS)
-    environ = {
+    environ = BINDING | {
         "TENSORSERVE_MODEL_URI": str(bundle),
         "TENSORSERVE_KEY": KEY.hex(),
         "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": str(RANKS),
