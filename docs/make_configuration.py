@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tensorserve.settings import AWS_SECRETS, CHILD_NAMES, CHILD_PREFIXES, VARIABLES
+from tensorserve.child_environment import CHILD_NAMES, CHILD_PREFIXES
+from tensorserve.settings import AWS_SECRETS
+from tensorserve.variables import VARIABLES
 from tensorserve.vllm_flags import OWNED, RENAMED
 
 PAGE = Path(__file__).with_name("configuration.md")

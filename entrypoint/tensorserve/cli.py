@@ -108,7 +108,7 @@ def _parser() -> _Parser:
 
 
 def _variables_help() -> str:
-    from tensorserve.settings import VARIABLES
+    from tensorserve.variables import VARIABLES
 
     lines = ["variables:"]
     for variable in VARIABLES:
@@ -289,9 +289,9 @@ class _ByteBar:
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     import shutil
 
-    from tensorserve.settings import default_state_dir
     from tensorserve.telemetry import events_path, read_events
     from tensorserve.telemetry.report import render_report, report_json
+    from tensorserve.variables import default_state_dir
 
     directory = Path(environ.get("TENSORSERVE_STATE_DIR") or default_state_dir())
     events = list(read_events(events_path(directory)))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from tensorserve.launch import receive_start
+from tensorserve.start import receive_start
 from tensorserve.telemetry import EventLog, events_path, fold, read_events
 
 # A start that is told to stop is gone within 5 s (docker's default patience is 10 s): nothing that

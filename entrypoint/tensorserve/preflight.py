@@ -19,13 +19,13 @@ from pathlib import Path
 from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileKey
-from tensorserve.launch import Shard
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan
 from tensorserve.secret import redact_uri
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, NotFoundError
+from tensorserve.start import Shard
 
 MIB = 1024**2
 # vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.

@@ -1,223 +1,28 @@
 """What the user asked for: the environment, read once, checked, and frozen.
 
-`VARIABLES` is the one list of what can be set; docs/configuration.md is made from it.
-Every mistake is found and reported, not only the first.
+Every mistake is found and reported, not only the first. What can be set is in `variables`.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tensorserve import vllm_flags
+from tensorserve.child_environment import FLAG_ALIASES, child_environment
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import REDACTED, Secret, redact_uri
+from tensorserve.variables import BY_NAME, VARIABLES, Variable, default_state_dir
 
 PREFIX = "TENSORSERVE_"
 VLLM_PREFIX = "TENSORSERVE_VLLM_"
 HANDOFF_VARIABLE = "TENSORSERVE_INTERNAL_HANDOFF"
 MAX_SECRET_FILE_BYTES = 64 * 1024
 
-GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One variable of the public interface.
-
-    ``secret`` variables may also be given as NAME_FILE and are never shown;
-    ``private`` ones (a presigned URI) are shown redacted and never put into a child's environment.
-    """
-
-    name: str
-    attribute: str
-    parse: Callable[[str, str], Any]
-    default: Any
-    meaning: str
-    accepts: str
-    secret: bool = False
-    private: bool = False
-    shown_default: str | None = None
-
-
-def _text(value: str, _name: str) -> str:
-    return value
-
-
-def _uri(value: str, name: str) -> str:
-    scheme = urlsplit(value).scheme if "://" in value else ""
-    if scheme not in {"", "file", "http", "https", "s3"}:
-        raise ConfigurationError(
-            f"{name}: the scheme {scheme!r} is not supported.",
-            hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
-        )
-    if scheme == "s3" and not urlsplit(value).netloc:
-        raise ConfigurationError(f"{name}: no bucket name.", hint="Use s3://bucket/prefix.")
-    return value.rstrip("/") if not urlsplit(value).query else value
-
-
-def _port(value: str, name: str) -> int:
-    if value.isdecimal() and 0 < int(value) < 65536:
-        return int(value)
-    raise ConfigurationError(f"{name}={value!r} is not a port.", hint="Use 1 to 65535.")
-
-
-def _count(low: int, high: int) -> Callable[[str, str], int]:
-    def parse(value: str, name: str) -> int:
-        if value.isdecimal() and low <= int(value) <= high:
-            return int(value)
-        raise ConfigurationError(
-            f"{name}={value!r} is not a whole number from {low} to {high}.",
-            hint=f"For example {name}={max(low, min(high, 16))}.",
-        )
-
-    return parse
-
-
-def _seconds(value: str, name: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 1 <= seconds <= 86400:
-        raise ConfigurationError(
-            f"{name}={value!r} is not a number of seconds from 1 to 86400.",
-            hint=f"For example {name}=300.",
-        )
-    return seconds
-
-
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
-
-
-def parse_size(value: str, name: str) -> int:
-    """Bytes from "1GiB", "512m" or "1073741824"; K, M, G, T are decimal, Ki, Mi, Gi, Ti binary."""
-    match = _SIZE.fullmatch(value)
-    if not match or (match[3] and not match[2]):
-        raise ConfigurationError(
-            f"{name}={value!r} is not a size.", hint=f"For example {name}=1GiB."
-        )
-    letter = match[2].upper()
-    factor = 1024 ** ("KMGT".index(letter) + 1) if match[3] else _UNITS[letter]
-    return int(float(match[1]) * factor)
-
-
-def _memory_limit(value: str, name: str) -> int:
-    size = parse_size(value, name)
-    if size < 64 * 1024**2:
-        raise ConfigurationError(
-            f"{name}={value!r} is less than 64MiB, too little to read a model with.",
-            hint=f"For example {name}=1GiB.",
-        )
-    return size
-
-
-def _choice(*accepted: str) -> Callable[[str, str], str]:
-    def parse(value: str, name: str) -> str:
-        if value in accepted:
-            return value
-        raise ConfigurationError(
-            f"{name}={value!r} is not one of {', '.join(accepted)}.",
-            hint=f"For example {name}={accepted[0]}.",
-        )
-
-    return parse
-
-
-def _names(value: str, _name: str) -> tuple[str, ...]:
-    return tuple(part for part in re.split(r"[,\s]+", value) if part)
-
-
-def _path(value: str, name: str) -> Path:
-    if not value.startswith("/"):
-        raise ConfigurationError(f"{name}={value!r} is not an absolute path.")
-    return Path(value)
-
-
-def default_state_dir() -> Path:
-    """Where a start keeps its event log and small files: a private directory, best on tmpfs."""
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), "/run", "/tmp"):
-        if base and os.access(base, os.W_OK | os.X_OK):
-            return Path(base) / ("tensorserve" if base != "/tmp" else f"tensorserve-{os.getuid()}")
-    return Path("/tmp") / f"tensorserve-{os.getuid()}"
-
-
-VARIABLES: tuple[Variable, ...] = (
-    Variable(
-        "TENSORSERVE_MODEL_URI", "model_uri", _uri, None,
-        "The model: a bundle's directory, or one `.tensors` file. Required.",
-        "path, `file://`, `http(s)://`, `s3://`", private=True, shown_default="required",
-    ),
-    Variable(
-        "TENSORSERVE_MODEL_NAME", "model_name", _text, None,
-        "The name that clients ask for.", "text", shown_default="last parts of the URI",
-    ),
-    Variable(
-        "TENSORSERVE_KEY", "key", _text, None,
-        "The key of an encrypted model.", "32 bytes: raw (in a file), hex or base64",
-        secret=True, shown_default="none",
-    ),
-    Variable(
-        "TENSORSERVE_PASSPHRASE", "passphrase", _text, None,
-        "The passphrase of a model sealed with one (Argon2id).", "text",
-        secret=True, shown_default="none",
-    ),
-    Variable("TENSORSERVE_HOST", "host", _text, "0.0.0.0", "Where the API listens.", "address"),
-    Variable("TENSORSERVE_PORT", "port", _port, 8000, "The API's port.", "1–65535"),
-    Variable(
-        "TENSORSERVE_METRICS_HOST", "metrics_host", _text, "0.0.0.0",
-        "Where the metrics listen.", "address",
-    ),
-    Variable(
-        "TENSORSERVE_METRICS_PORT", "metrics_port", _port, 9400, "The metrics' port.", "1–65535"
-    ),
-    Variable(
-        "TENSORSERVE_FETCH_CONNECTIONS", "fetch_connections", _count(1, 512), None,
-        "How many ranges are read at once.", "1–512", shown_default="automatic",
-    ),
-    Variable(
-        "TENSORSERVE_FETCH_DEADLINE", "fetch_deadline", _seconds, 300.0,
-        "How long a range may make no progress, retries included, before the start is given up.",
-        "seconds, 1–86400",
-    ),
-    Variable(
-        "TENSORSERVE_HOST_MEMORY_LIMIT", "host_memory_limit", _memory_limit, GIB,
-        "Host memory for data on its way to the device.", "size, at least 64MiB",
-        shown_default="1GiB",
-    ),
-    Variable(
-        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes"), "auto",
-        "`auto` authenticates every encrypted chunk; `hashes` also checks every tensor's hash.",
-        "`auto`, `hashes`",
-    ),
-    Variable(
-        "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", _names, (),
-        "Link-local or metadata hosts that a URI may name all the same.", "names, comma-separated",
-        shown_default="none",
-    ),
-    Variable(
-        "TENSORSERVE_ENGINE_RESTARTS", "engine_restarts", _count(0, 100), 0,
-        "How often a crashed engine is started again before the container ends.", "0–100",
-    ),
-    Variable(
-        "TENSORSERVE_STATE_DIR", "state_dir", _path, None,
-        "Event log and the model's small files (configuration, tokenizer).", "absolute path",
-        shown_default="`/run/tensorserve`, else a private directory in `/tmp`",
-    ),
-    Variable(
-        "TENSORSERVE_PASS_ENV", "pass_env", _names, (),
-        "Further variables that vLLM may see; by default it gets an allow-list.",
-        "names, comma-separated", shown_default="none",
-    ),
-)  # fmt: skip
-BY_NAME = {variable.name: variable for variable in VARIABLES}
 
 # boto's own names first; the names that tensorizer's users know are accepted as aliases.
 AWS_SECRETS = {
@@ -226,29 +31,6 @@ AWS_SECRETS = {
     "AWS_SESSION_TOKEN": None,
 }
 AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
-# vLLM's own names for what we take as TENSORSERVE_VLLM_<FLAG>.
-FLAG_ALIASES = {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"}
-
-# What a child may inherit. An allow-list, because a container's environment is where secrets live.
-CHILD_NAMES = frozenset(
-    """PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TERM NO_COLOR COLUMNS LINES HOSTNAME
-    LD_LIBRARY_PATH LD_PRELOAD CC CXX PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED
-    PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX VIRTUAL_ENV NO_PROXY no_proxy SSL_CERT_FILE
-    SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
-    AWS_PROFILE AWS_DEFAULT_PROFILE AWS_REGION AWS_DEFAULT_REGION AWS_ROLE_ARN
-    AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE
-    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI
-    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_CA_BUNDLE AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3
-    AWS_ENDPOINT_URL_STS AWS_STS_REGIONAL_ENDPOINTS AWS_EC2_METADATA_DISABLED
-    AWS_EC2_METADATA_SERVICE_ENDPOINT AWS_METADATA_SERVICE_TIMEOUT
-    AWS_METADATA_SERVICE_NUM_ATTEMPTS""".split()
-)
-CHILD_PREFIXES = (
-    "LC_", "XDG_", "VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_", "KMP_",
-    "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "HF_", "TRANSFORMERS_",
-    "TOKENIZERS_", "RAY_", "MALLOC_", "FLASHINFER_",
-)  # fmt: skip
-CHILD_NEVER = frozenset(FLAG_ALIASES) | {"HUGGING_FACE_HUB_TOKEN"}
 
 
 @dataclass(frozen=True)
@@ -513,19 +295,6 @@ class _Reader:
             secret_access_key=secrets["AWS_SECRET_ACCESS_KEY"],
             session_token=secrets["AWS_SESSION_TOKEN"],
         )
-
-
-def child_environment(
-    environ: Mapping[str, str], pass_env: tuple[str, ...] | None
-) -> tuple[tuple[str, str], ...]:
-    """The part of `environ` that the engine, the exporter and supervisord may see."""
-    allowed = {
-        name: value
-        for name, value in environ.items()
-        if name not in CHILD_NEVER
-        and (name in CHILD_NAMES or name.startswith(CHILD_PREFIXES) or name in (pass_env or ()))
-    }
-    return tuple(sorted(allowed.items()))
 
 
 def handed_over(

@@ -26,10 +26,11 @@ from tensorserve.errors import (
     SourceUnavailableError,
     UsageError,
 )
-from tensorserve.launch import no_core_dumps, publish_start
+from tensorserve.launch import no_core_dumps
 from tensorserve.plan import make_plan
 from tensorserve.preflight import check_port, prepare_state_dir
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.start import publish_start
 from tensorserve.telemetry import EventLog, Follower, ProgressView, StartState, events_path, new_log
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

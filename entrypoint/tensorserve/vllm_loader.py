@@ -22,10 +22,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format import FileIndex, TensorRecord
-from tensorserve.launch import Start, receive_start
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.opening import DEFAULT_CONNECTIONS, OpenTensors, access_for, key_for, open_tensors
 from tensorserve.settings import Settings
+from tensorserve.start import Start, receive_start
 from tensorserve.telemetry import EventLog, events_path
 
 # tensorizer's mark for files that hold vLLM's own parameters instead of a checkpoint's.

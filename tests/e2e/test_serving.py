@@ -328,6 +328,30 @@ def test_from_disk_answers_are_equal(
         assert engine.stop() == 143
 
 
+def test_a_crashed_engine_is_started_again_as_often_as_asked(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    """F13: once more here, then the container ends with the engine's code."""
+    environ = {
+        "TENSORSERVE_MODEL_URI": str(bundle.directory),
+        "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+        "TENSORSERVE_ENGINE_RESTARTS": "1",
+    }
+    with Tensorserve(tmp_path, environ) as engine:
+        assert engine.process is not None
+        for attempt in range(2):
+
+            def importing(number: int = attempt) -> bool:
+                begun = [e for e in engine.events() if e.get("phase") == "import"]
+                return len(begun) > number and process_of(engine, "vllm") > 0
+
+            engine.wait_for(importing, 60)
+            os.kill(process_of(engine, "vllm"), signal.SIGKILL)
+        assert engine.process.wait(20) == 128 + signal.SIGKILL
+        assert [e["attempt"] for e in engine.events() if e["event"] == "start"] == [0, 1]
+        assert session_processes(engine.process.pid) == []
+
+
 # Without an engine ------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
-from tensorserve.settings import VARIABLES, Settings, handed_over, parse_size
+from tensorserve.settings import Settings, handed_over
+from tensorserve.variables import VARIABLES, parse_size
 
 URI = {"TENSORSERVE_MODEL_URI": "s3://bucket/vllm/model/v1"}
 KEY = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"

@@ -1,0 +1,74 @@
+"""What the processes of one start share: settings, arguments, and which files were checked.
+
+It is handed from parent to child in memory (`tensorserve.handoff`), secrets included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from tensorserve import handoff
+from tensorserve.settings import HANDOFF_VARIABLE, Settings, handed_over
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights, as the checks found it."""
+
+    uri: str
+    version: str | None
+    """What pins the object; the loader refuses another one."""
+    size: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a process of a start takes over from its parent."""
+
+    settings: Settings
+    arguments: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    def shard(self, rank: int) -> Shard:
+        """The file that `rank` reads: its own, or the one that all ranks share."""
+        return self.shards[rank] if len(self.shards) > 1 else self.shards[0]
+
+
+def publish_start(
+    environ: Mapping[str, str],
+    settings: Settings,
+    arguments: tuple[str, ...],
+    shards: tuple[Shard, ...] = (),
+) -> str:
+    """Leave a start for child processes; the reference goes into `HANDOFF_VARIABLE`."""
+    environment, origins = handed_over(environ, settings)
+    return handoff.publish_json(
+        {
+            "environment": environment,
+            "origins": origins,
+            "arguments": list(arguments),
+            "shards": [asdict(shard) for shard in shards],
+        }
+    )
+
+
+def receive_start(environ: Mapping[str, str]) -> Start:
+    """The start that a parent left, by the reference in `environ`. Raises TensorserveError."""
+    payload = handoff.receive_json(environ[HANDOFF_VARIABLE])
+    return Start(
+        settings=Settings.from_environment(payload["environment"], payload["origins"]),
+        arguments=tuple(payload["arguments"]),
+        shards=tuple(Shard(**shard) for shard in payload["shards"]),
+    )
+
+
+def current_start(
+    environ: Mapping[str, str], arguments: tuple[str, ...]
+) -> tuple[Start, Mapping[str, str]]:
+    """The start that this process belongs to: handed over by `up`, else from `environ` itself."""
+    if HANDOFF_VARIABLE in environ:
+        start = receive_start(environ)
+        payload = handoff.receive_json(environ[HANDOFF_VARIABLE])
+        return start, payload["environment"]
+    return Start(Settings.from_environment(environ), arguments, ()), environ
