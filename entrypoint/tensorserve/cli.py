@@ -20,6 +20,8 @@ SIGINT_CODE = 130
 def main(argv: list[str] | None = None) -> int:
     """Run one command; give the process's exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["container"]:
+        words = _container_words(words[1:])
     try:
         return _run(_Parser.parse(words), os.environ)
     except ConfigurationError as error:
@@ -35,6 +37,23 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (`| head`) has enough; keep the interpreter from complaining at its own exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _container_words(words: list[str]) -> list[str]:
+    """What the image's entry point was given, as our own words; another program is exec'd.
+
+    `docker run IMAGE [tensorserve] plan` and `docker run IMAGE bash` both do what they say.
+    """
+    if words[:1] == ["tensorserve"]:
+        return words[1:]
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        try:
+            os.execvp(words[0], words)
+        except OSError as error:
+            _complain(f"{words[0]!r} is neither a command of tensorserve nor a program here.")
+            # As shells do: 126 found but not executable, 127 not found.
+            raise SystemExit(126 if isinstance(error, PermissionError) else 127) from error
+    return words
 
 
 def _complain(text: str) -> None:
@@ -102,6 +121,7 @@ def _parser() -> _Parser:
 
     report = commands.add_parser("report", help="the time line of the last start")
     report.add_argument("--json", action="store_true", help="for programs")
+    commands.add_parser("health", help="exit code 0 when ready (a container's health check)")
     for name in ("engine", "exporter", "watch"):
         commands.add_parser(name)  # what supervisord runs; no help text, so not listed
     return parser
@@ -122,12 +142,7 @@ def _variables_help() -> str:
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    commands = {
-        "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack,
-        "verify": _verify, "report": _report, "engine": _engine, "exporter": _exporter,
-        "watch": _watch,
-    }  # fmt: skip
-    return commands[options.command](options, environ)
+    return _COMMANDS[options.command](options, environ)
 
 
 def _up(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -164,6 +179,27 @@ def _watch(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
 
     watch()
     return 0
+
+
+def _health(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    import http.client
+
+    from tensorserve.settings import Settings
+
+    # Only the port is asked for; the model's own variable need not be set for a health check.
+    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
+    host = settings.metrics_host if settings.metrics_host not in {"0.0.0.0", "::"} else "localhost"
+    connection = http.client.HTTPConnection(host, settings.metrics_port, timeout=4)
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        print(response.read(4096).decode(errors="replace").strip())
+        return int(response.status != 200)
+    except OSError as error:
+        print(f"no answer on port {settings.metrics_port}: {error}")
+        return 1
+    finally:
+        connection.close()
 
 
 def _plan(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -306,6 +342,12 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         color = sys.stdout.isatty() and "NO_COLOR" not in environ
         print(render_report(events, shutil.get_terminal_size().columns, color))
     return 0
+
+
+_COMMANDS = {
+    "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack, "verify": _verify,
+    "report": _report, "health": _health, "engine": _engine, "exporter": _exporter, "watch": _watch,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
