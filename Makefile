@@ -41,6 +41,23 @@ test-unit: venv ## unit tests (a minute)
 test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 	@$(BIN)/python -m pytest tests/e2e --timeout 600
 
+.PHONY: image
+image: ## build the image for GPU machines (BASE=… for another base image)
+	@docker/build-image cuda tensorserve:latest
+
+.PHONY: image-cpu
+image-cpu: ## build the image for machines without a GPU
+	@docker/build-image cpu tensorserve:cpu
+
+# Needs root: podman runs real containers, on a base image made here if none is named.
+.PHONY: test-image
+test-image: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
+test-image: export ENGINE = podman
+test-image: venv ## build the cpu image and run it as a user would (root; some minutes)
+	@if [ -z "$${BASE:-}" ]; then docker/base-image localhost/tensorserve-base:bookworm; fi; \
+	BASE=$${BASE:-localhost/tensorserve-base:bookworm} docker/build-image cpu tensorserve:cpu --quiet >/dev/null
+	@$(BIN)/python -m pytest tests/image --timeout 300
+
 .PHONY: lint
 lint: venv ## ruff (format and rules), mypy, and whether the made pages are fresh
 	@$(BIN)/ruff format --check .

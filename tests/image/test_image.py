@@ -25,13 +25,17 @@ HARDENED = [
     "--read-only",
     "--cap-drop=ALL",
     "--security-opt=no-new-privileges",
-    "--tmpfs=/run/tensorserve:mode=1777",
     "--tmpfs=/tmp:mode=1777,exec",
     "--shm-size=1g",
     "--network=host",
 ]
-# Lines of ours that may say WARNING or ERROR without a mistake.
-EXPECTED: tuple[str, ...] = ()
+# What this machine's podman needs, and a user's engine does not: no systemd for health checks, and
+# limits that may not be raised.
+LOCAL = [
+    "--health-interval=disable",
+    "--ulimit=nofile=4096:4096",
+    "--ulimit=nproc=4096:4096",
+]
 
 pytestmark = pytest.mark.skipif(shutil.which(ENGINE) is None, reason="podman is not installed")
 
@@ -40,7 +44,7 @@ def run(*words: str, environ: dict[str, str] | None = None, timeout: float = 60)
     """`docker run --rm IMAGE words`, hardened."""
     options = [word for n, v in (environ or {}).items() for word in ("-e", f"{n}={v}")]
     return subprocess.run(
-        [ENGINE, "run", "--rm", *HARDENED, *options, IMAGE, *words],
+        [ENGINE, "run", "--rm", *HARDENED, *LOCAL, *options, IMAGE, *words],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -55,7 +59,7 @@ class Container:
         self.name = name
         self.port, self.metrics_port = free_ports(2)
         self._command = [
-            ENGINE, "run", "--detach", "--name", name, *HARDENED,
+            ENGINE, "run", "--detach", "--name", name, *HARDENED, *LOCAL,
             "-e", f"TENSORSERVE_PORT={self.port}", "-e", "TENSORSERVE_HOST=127.0.0.1",
             "-e", f"TENSORSERVE_METRICS_PORT={self.metrics_port}",
             "-e", "TENSORSERVE_METRICS_HOST=127.0.0.1",
@@ -63,7 +67,9 @@ class Container:
         ]  # fmt: skip
 
     def __enter__(self) -> Container:
-        subprocess.run(self._command, check=True, capture_output=True)
+        subprocess.run([ENGINE, "rm", "--force", self.name], check=False, capture_output=True)
+        done = subprocess.run(self._command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,15 +150,11 @@ def test_the_health_check_says_healthy_when_ready(served: Container) -> None:
 
 
 def test_the_log_holds_no_warning_or_error_of_ours(served: Container) -> None:
-    """Nothing to explain away."""
-    lines = [
-        line
-        for line in served.log.splitlines()
-        if "tensorserve" in line and ("WARN" in line.upper() or "ERROR" in line.upper())
-    ]
-    # vLLM says that its own loader of this name gives way to ours: it is meant.
-    lines = [line for line in lines if "is already registered" not in line]
-    assert [line for line in lines if not line.startswith(EXPECTED or ("\0",))] == []
+    """Nothing to explain away; vLLM's own lines are vLLM's."""
+    ours = [line for line in served.log.splitlines() if line.startswith("tensorserve")]
+    assert any("ready after" in line for line in ours), served.log
+    assert [line for line in ours if "warning" in line.lower() or "error" in line.lower()] == []
+    assert "Traceback" not in served.log
 
 
 def test_it_does_not_run_as_root(served: Container) -> None:
