@@ -158,7 +158,13 @@ def test_the_api_key_guards_the_api(s3_run: S3Run) -> None:
 
 def test_no_secret_is_found_anywhere(s3_run: S3Run) -> None:
     """Logs, arguments, environments of all children, metrics, events, and files."""
-    engine, canaries = s3_run.engine, s3_run.canaries
+    assert found_secrets(s3_run.engine, s3_run.canaries, s3_run.metrics) == {}
+
+
+def found_secrets(
+    engine: Tensorserve, canaries: Canaries, metrics: list[bytes]
+) -> dict[str, list[str]]:
+    """{place: names of the secrets in it}, over every place that somebody else can read."""
     assert engine.process is not None
     places: dict[str, bytes] = {"log": engine.log.read_bytes()}
     pids = session_processes(engine.process.pid)
@@ -167,16 +173,15 @@ def test_no_secret_is_found_anywhere(s3_run: S3Run) -> None:
         if pid != engine.process.pid:  # the user gave them to this one
             places[f"environ of {pid}"] = Path(f"/proc/{pid}/environ").read_bytes()
         places[f"cmdline of {pid}"] = Path(f"/proc/{pid}/cmdline").read_bytes()
-    for number, text in enumerate(s3_run.metrics):
+    for number, text in enumerate(metrics):
         places[f"metrics {number}"] = text
     for path in ("/startupz", "/readyz", "/"):
         places[path] = engine.get(path, engine.metrics_port)[1]
-    for path in engine.state_dir.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            places[str(path)] = path.read_bytes()
+    for file in engine.state_dir.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            places[str(file)] = file.read_bytes()
     assert any("events.jsonl" in name for name in places)
-    found = {name: hit for name, data in places.items() if (hit := canaries.found_in(data))}
-    assert not found
+    return {name: hit for name, data in places.items() if (hit := canaries.found_in(data))}
 
 
 def test_nothing_decrypted_lies_in_a_file(s3_run: S3Run, model_dir: Path) -> None:
@@ -311,20 +316,52 @@ def test_sigterm_in_the_middle_of_a_load(tmp_path: Path, bundle: Bundle) -> None
 # From disk --------------------------------------------------------------------------------------
 
 
-def test_from_disk_answers_are_equal(
-    tmp_path: Path, bundle: Bundle, reference: list[tuple[str, list[float]]]
+@pytest.fixture(scope="module")
+def foreign_bundle(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, str]:
+    """The model as tensorizer itself writes it: `write_module`, sealed with a passphrase.
+
+    It holds what no checkpoint holds (computed buffers, the tied head twice), and no manifest.
+    """
+    from tensorizer import EncryptionParams, TensorSerializer
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path_factory.mktemp("foreign")
+    passphrase = "canary-" + secrets.token_hex(12)
+    module = AutoModelForCausalLM.from_pretrained(model_dir, dtype="bfloat16")
+    cheap = EncryptionParams.OpsLimit.MIN, EncryptionParams.MemLimit.MIN
+    sealing = EncryptionParams.from_string(passphrase, opslimit=cheap[0], memlimit=cheap[1])
+    serializer = TensorSerializer(str(directory / "model.tensors"), encryption=sealing)
+    serializer.write_module(module)
+    serializer.close()
+    for path in model_dir.iterdir():
+        if path.suffix != ".safetensors":
+            (directory / path.name).write_bytes(path.read_bytes())
+    return directory, passphrase
+
+
+def test_a_file_of_tensorizers_own_is_served_from_disk_and_no_secret_shows(
+    tmp_path: Path,
+    foreign_bundle: tuple[Path, str],
+    reference: list[tuple[str, list[float]]],
 ) -> None:
-    """And flags from the command line win."""
-    environ = {
-        "TENSORSERVE_MODEL_URI": str(bundle.directory),
-        "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+    """Equal answers; flags from the command line win; every other secret is a canary too."""
+    directory, passphrase = foreign_bundle
+    values = {
+        "TENSORSERVE_PASSPHRASE": passphrase,
+        "AWS_ACCESS_KEY_ID": "canary-id-0123456789",
+        "AWS_SECRET_ACCESS_KEY": "canary-secret-0123456789",
+        "AWS_SESSION_TOKEN": "canary-token-0123456789",
     }
+    environ = {"TENSORSERVE_MODEL_URI": str(directory)} | values
     with Tensorserve(tmp_path, environ, "--max-model-len", "256") as engine:
         engine.wait_ready()
         assert engine.completions("model", PROMPTS) == reference
         status, models = engine.get("/v1/models")
         assert status == 200
         assert json.loads(models)["data"][0]["max_model_len"] == 256
+        canaries = Canaries({name: value.encode() for name, value in values.items()})
+        metrics = engine.get("/metrics", engine.metrics_port)[1]
+        assert found_secrets(engine, canaries, [metrics]) == {}
         assert engine.stop() == 143
 
 
