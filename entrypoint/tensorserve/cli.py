@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (`| head`) has enough; keep the interpreter from complaining at its own exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    # The last line of defence: a mistake of ours ends with its own exit code, and can be reported.
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        _complain(
+            f"internal error ({type(error).__name__}): please report it with the lines above."
+        )
+        return TensorserveError.exit_code
 
 
 def _container_words(words: list[str]) -> list[str]:

@@ -1,0 +1,119 @@
+"""The command line: which words mean what, and how mistakes end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tensorserve import cli
+from tensorserve.cli import main
+from tensorserve.telemetry import EventLog, events_path
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A configured environment; gives the state directory."""
+    monkeypatch.setenv("TENSORSERVE_MODEL_URI", "/models/m")
+    monkeypatch.setenv("TENSORSERVE_STATE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_wrong_usage_ends_with_64(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that says what is wrong, and where help is."""
+    assert main(["pack", "only-a-source"]) == 64
+    assert main(["no-such-command"]) == 64
+    said = capsys.readouterr().err
+    assert said.count("tensorserve: error:") == 2
+    assert "--help" in said
+
+
+def test_pack_needs_a_key_to_encrypt_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a key without `--encrypt` is a mistake, not a plain bundle."""
+    assert main(["pack", "a", "b", "--encrypt"]) == 64
+    assert main(["pack", "a", "b", "--key-file", "k"]) == 64
+    assert "Add --encrypt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("environ")
+def test_plan_is_readable_by_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """And takes vLLM's arguments after `--`."""
+    assert main(["plan", "--json", "--", "--max-model-len", "99"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["command"][-2:] == ["--max-model-len", "99"]
+    assert plan["settings"]["TENSORSERVE_MODEL_URI"] == "/models/m"
+
+
+def test_plan_reports_every_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 78, a message for each."""
+    monkeypatch.delenv("TENSORSERVE_MODEL_URI", raising=False)
+    monkeypatch.setenv("TENSORSERVE_PROT", "1")
+    assert main(["plan"]) == 78
+    said = capsys.readouterr().err
+    assert said.count("tensorserve: error:") == 2
+    assert "TENSORSERVE_PORT" in said
+
+
+@pytest.mark.usefixtures("environ")
+@pytest.mark.parametrize("words", [["--no-such-flag"], ["--", "--no-such-flag"]])
+def test_words_that_begin_with_a_dash_are_vllms(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in every image whose server takes flags."""
+    assert main(words) == 78
+    assert "has no flag --no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("environ")
+def test_the_image_takes_our_commands_with_and_without_our_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`docker run IMAGE plan` and `docker run IMAGE tensorserve plan`."""
+    assert main(["container", "plan"]) == 0
+    assert main(["container", "tensorserve", "plan"]) == 0
+    assert capsys.readouterr().out.count("command\n") == 2
+
+
+def test_the_image_says_when_a_program_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """127, as a shell would."""
+    with pytest.raises(SystemExit) as caught:
+        main(["container", "no-such-program-here"])
+    assert caught.value.code == 127
+    assert "no-such-program-here" in capsys.readouterr().err
+
+
+def test_report_without_a_start_says_where_it_looked(
+    environ: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 78; with a start, the table."""
+    assert main(["report"]) == 78
+    assert str(environ) in capsys.readouterr().err
+    log = EventLog(events_path(environ))
+    log.emit("start", start_id="1", version="0", attempt=0, health_url="", port=1, metrics_port=2)
+    log.emit("phase", phase="preflight", state="begin")
+    assert main(["report"]) == 0
+    assert "preflight" in capsys.readouterr().out
+
+
+def test_health_without_a_server_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's health check: 1, not a traceback."""
+    monkeypatch.setenv("TENSORSERVE_METRICS_PORT", "1")
+    assert main(["health"]) == 1
+
+
+def test_a_mistake_of_ours_ends_with_70(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a traceback to report, and told apart from a user's mistakes."""
+
+    def broken(*_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", broken)
+    assert main(["plan"]) == 70
+    said = capsys.readouterr().err
+    assert "internal error (ZeroDivisionError)" in said
+    assert "Traceback" in said

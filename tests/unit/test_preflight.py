@@ -1,0 +1,62 @@
+"""The checks before a start, those that an end-to-end test cannot show on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tensorserve import preflight
+from tensorserve.errors import ConfigurationError
+
+
+def test_too_little_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F11: what is needed and what there is."""
+    monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
+    monkeypatch.setattr(preflight, "_available_host_memory", lambda: 2_000_000_000)
+    with pytest.raises(ConfigurationError, match=r"3\.00 GB, host memory has 2\.00 GB"):
+        preflight.check_memory(3_000_000_000)
+    assert "1.00 GB of 2.00 GB" in preflight.check_memory(1_000_000_000).found
+
+
+def test_the_machines_own_memory_can_be_read() -> None:
+    """More than nothing, less than a petabyte."""
+    available = preflight._available_host_memory()
+    assert available is not None
+    assert 10**6 < available < 10**15
+
+
+def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader knows vLLM's internals: it is made for one version."""
+    monkeypatch.setattr(preflight, "_vllm_version", lambda: "0.33.0+cpu")
+    with pytest.raises(ConfigurationError, match=r"0\.33\.0\+cpu is installed"):
+        preflight.check_vllm()
+
+
+def test_a_state_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """In a shared /tmp somebody else could have made it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigurationError, match="is a link"):
+        preflight.prepare_state_dir(tmp_path / "state")
+
+
+def test_a_state_directory_is_made_private(tmp_path: Path) -> None:
+    """0700, also where it existed with more."""
+    state = tmp_path / "state"
+    state.mkdir(mode=0o755)
+    preflight.prepare_state_dir(state)
+    assert state.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_state_directory_below_a_file_says_what_to_do(tmp_path: Path) -> None:
+    """F10."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="TENSORSERVE_STATE_DIR"):
+        preflight.prepare_state_dir(tmp_path / "file" / "state")
+
+
+def test_an_address_that_is_not_ours_is_said_as_such() -> None:
+    """Not "in use": there is no such address here."""
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1"):
+        preflight.check_port("API", "192.0.2.1", 8000)
