@@ -77,7 +77,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._phase("init", "end")
         self._phase("load", "begin")
         with self._open() as opened:
-            records = [r for r in opened.index.tensors if not _is_computed(r)]
+            records = loadable(opened.index)
             self._log.emit(
                 "load_plan",
                 rank=self._rank,
@@ -179,6 +179,22 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 def is_vllm_layout(index: FileIndex) -> bool:
     """Whether the file holds vLLM's own parameters (tensorizer's marker), not a checkpoint's."""
     return any(r.name.lstrip(".") == VLLM_LAYOUT_MARKER for r in index.tensors)
+
+
+def loadable(index: FileIndex) -> list[TensorRecord]:
+    """The tensors that the model gets: all but the marker and what vLLM computes itself.
+
+    Raises CorruptError for a tensor that was written without data (from torch's meta device): it
+    would leave a parameter as it was born, and its shape is bounded by nothing in the file.
+    """
+    records = [r for r in index.tensors if not _is_computed(r)]
+    empty = [r.name for r in records if r.is_meta]
+    if empty:
+        raise CorruptError(
+            f"{len(empty)} tensors have a shape and no data, for example {empty[0]!r}.",
+            hint="The model was on torch's meta device when it was written. Pack it again.",
+        )
+    return records
 
 
 def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
