@@ -41,6 +41,14 @@ test-unit: venv ## unit tests (a minute)
 test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 	@$(BIN)/python -m pytest tests/e2e --timeout 600
 
+.PHONY: test-config
+test-config: venv ## Prometheus rules and dashboard on a real Prometheus (Debian: prometheus)
+	@$(BIN)/python -m pytest tests/config --timeout 120
+
+.PHONY: test-browser
+test-browser: venv ## the start-up page in a real browser (Debian: chromium, chromium-driver)
+	@$(BIN)/python -m pytest tests/browser --timeout 120
+
 .PHONY: image
 image: ## build the image for GPU machines (BASE=… for another base image)
 	@docker/build-image cuda tensorserve:latest

@@ -1,19 +1,18 @@
-"""What does a start answer over HTTP? /metrics, /livez, /readyz, /startupz, and a small page."""
+"""What does a start answer over HTTP? /metrics, /livez, /readyz, /startupz, and the start page."""
 
 from __future__ import annotations
 
-import html
 import json
 import socketserver
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import AF_INET, AF_INET6, socket
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.telemetry import page
 from tensorserve.telemetry.metrics import StartCollector
 from tensorserve.telemetry.readiness import Status, Watcher
 
@@ -31,7 +31,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
@@ -54,7 +54,7 @@ class Exporter(AbstractContextManager["Exporter"]):
     def __init__(self, state_dir: Path, host: str, port: int) -> None:
         self._watcher = Watcher(state_dir)
         try:
-            self._server = _Server(host, port, self._watcher)
+            self._server = _Server(host, port, self._watcher, page.StartPage(state_dir))
         except OSError as error:
             raise ConfigurationError(
                 f"The metrics cannot listen on {host} port {port}: {error.strerror}.",
@@ -90,9 +90,10 @@ class _Server(ThreadingHTTPServer):
     # socketserver's 5 lets a burst of probes wait for seconds, until TCP tries again.
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, watcher: Watcher) -> None:
+    def __init__(self, host: str, port: int, watcher: Watcher, start_page: page.StartPage) -> None:
         self.address_family = AF_INET6 if ":" in host else AF_INET
         self.watcher = watcher
+        self.start_page = start_page
         self.registry = CollectorRegistry()
         self.registry.register(StartCollector(watcher.look))
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
@@ -124,10 +125,12 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = _CONNECTION_TIMEOUT
+    _own_headers: Mapping[str, str] = MappingProxyType({})
 
     def do_GET(self) -> None:
         routes: dict[str, Callable[[], None]] = {
             "/": self._page,
+            "/start.json": self._page_data,
             "/metrics": self._metrics,
             "/livez": self._live,
             "/readyz": self._ready,
@@ -163,8 +166,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(_code(status), document(status))
 
     def _page(self) -> None:
-        page = _render_page(document(self.server.watcher.look()))
-        self._answer(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
+        content = self.server.start_page.view(self.server.watcher.look())
+        self._answer(
+            HTTPStatus.OK,
+            "text/html; charset=utf-8",
+            page.render(content).encode(),
+            {"Content-Security-Policy": page.policy()},
+        )
+
+    def _page_data(self) -> None:
+        # 200 at any time: a browser would log the 503 of /startupz as an error every second.
+        content = self.server.start_page.view(self.server.watcher.look())
+        self._json(HTTPStatus.OK, content)
 
     def _unknown(self) -> None:
         self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"Not found.\n")
@@ -182,14 +195,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+        self._own_headers = headers or {}
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def end_headers(self) -> None:
-        for name, value in _HEADERS.items():
+        # One policy an answer: of two, a browser obeys what both allow.
+        for name, value in {**_HEADERS, **self._own_headers}.items():
             self.send_header(name, value)
         super().end_headers()
 
@@ -230,22 +243,3 @@ def document(status: Status) -> dict[str, Any]:
 
 def _code(status: Status) -> HTTPStatus:
     return HTTPStatus.OK if status.ready else HTTPStatus.SERVICE_UNAVAILABLE
-
-
-def _render_page(content: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{_cell(value)}</td></tr>"
-        for name, value in content.items()
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tensorserve</title>'
-        '<meta http-equiv="refresh" content="2"><style>body{font:16px system-ui;margin:2rem}'
-        "th{text-align:left;vertical-align:top;padding:.2rem 2rem .2rem 0}</style></head>"
-        f"<body><h1>tensorserve</h1><table>{rows}</table></body></html>"
-    )
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, dict):
-        return "<br>".join(html.escape(f"{name}: {item}") for name, item in value.items())
-    return html.escape("" if value is None else str(value))

@@ -1,0 +1,353 @@
+"""What does a person see who opens the exporter's start page in a real browser?
+
+Chromium and its driver are Debian's (`apt-get install chromium chromium-driver`). Screenshots are
+kept in the folder that SCREENSHOTS names, else in the test's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tensorserve.telemetry import EventLog
+from unit.telemetry.telemetry_starts import Client, Engine, exporting, log_start, wait_for
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="no browser here: apt-get install chromium chromium-driver",
+)
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+GB = 1_000_000_000
+# A page may take this long to show what the log says: it asks every 0.7 s, and machines are slow.
+PATIENCE = 30.0
+
+
+class Browser:
+    """One headless Chromium, driven over WebDriver (https://www.w3.org/TR/webdriver2/)."""
+
+    def __init__(self, driver_port: int, profile: Path) -> None:
+        self._root = f"http://127.0.0.1:{driver_port}"
+        options = {
+            "binary": shutil.which("chromium"),
+            "args": [*SWITCHES, f"--user-data-dir={profile}"],
+        }
+        capabilities = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+        }
+        wait_for(self._driver_is_up, PATIENCE)
+        session = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
+        self._session = f"/session/{session['sessionId']}"
+
+    def open(self, url: str) -> None:
+        self._ask("POST", f"{self._session}/url", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """What `script` returns in the page."""
+        return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": []})
+
+    def text(self) -> str:
+        """The text that a person sees: hidden parts are left out."""
+        return str(self.run("return document.body.innerText")).replace("\u00a0", " ")
+
+    def wait_for_text(self, words: str) -> None:
+        wait_for(lambda: words in self.text(), PATIENCE)
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        body = {"cmd": command, "params": parameters}
+        return self._ask("POST", f"{self._session}/goog/cdp/execute", body)
+
+    def look_like(self, size: tuple[int, int], scheme: str) -> None:
+        """A window of `size` CSS pixels, in a `light` or `dark` scheme."""
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=size == PHONE,
+        )
+        self.devtools(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": "prefers-color-scheme", "value": scheme},
+                # A picture must not catch a bar on its way.
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
+        )
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page, also what lies below the window's edge."""
+        answer = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        """Entries since the last call; `kind`: `browser` (the console) or `performance`."""
+        return list(self._ask("POST", f"{self._session}/se/log", {"type": kind}))
+
+    def requested(self) -> set[str]:
+        """Addresses that pages have asked for since the last call."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        return {
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        }
+
+    def close(self) -> None:
+        self._ask("DELETE", self._session)
+
+    def _driver_is_up(self) -> bool:
+        try:
+            return bool(self._ask("GET", "/status")["ready"])
+        except OSError:
+            return False
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            self._root + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+
+@contextmanager
+def chromium(folder: Path) -> Iterator[Browser]:
+    """A browser whose profile and driver log lie in `folder`."""
+    log = folder / "chromedriver.log"
+    with log.open("wb") as output:
+        driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=output, stderr=output)
+    try:
+        wait_for(lambda: "started successfully on port" in log.read_text(), PATIENCE)
+        port = int(log.read_text().split("started successfully on port ")[1].split(".")[0])
+        browser = Browser(port, folder / "profile")
+        try:
+            yield browser
+        finally:
+            browser.close()
+    finally:
+        driver.terminate()
+        driver.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where the screenshots go."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def address(client: Client) -> str:
+    return f"http://127.0.0.1:{client.port}/"
+
+
+def come_to_the_load(log: EventLog) -> None:
+    """A start up to the first bytes of 3 GB, with checks as `preflight` writes them."""
+    log.emit("phase", phase="preflight", state="begin")
+    log.emit("check", name="vLLM", found="0.32.0")
+    log.emit("check", name="weights", found="canary.tensors: 272 tensors, 3 GB")
+    log.emit("check", name="encryption", found="encrypted, the key opens it")
+    log.emit("phase", phase="preflight", state="end")
+    log.emit("phase", phase="artifacts", state="end")
+    log.emit("phase", phase="import", state="end")
+    log.emit("phase", phase="load", state="begin")
+    log.emit("load_plan", rank=0, bytes=3 * GB, tensors=272)
+
+
+def copied(log: EventLog, gigabytes: float, **fields: Any) -> None:
+    count = int(gigabytes * GB)
+    log.emit("load_progress", rank=0, fetch=count, decrypt=count, copy=count, **fields)
+
+
+def test_a_person_sees_a_start_go_on_and_become_ready_without_touching_the_page(
+    tmp_path: Path, pictures: Path, engine: Engine, browser: Browser
+) -> None:
+    """One visit, from the first check to ready: the page follows by itself, in plain words."""
+    log = log_start(tmp_path, engine)
+    with exporting(tmp_path) as client:
+        browser.look_like(PHONE, "light")
+        browser.open(address(client))
+        browser.run("window.visit = 'the first'")
+        browser.wait_for_text("Checking that everything is there")
+        come_to_the_load(log)
+        browser.wait_for_text("Loading the model: 0 %")
+        copied(log, 0.6)
+        browser.wait_for_text("Loading the model: 20 %")
+        copied(log, 1.26, requests=9, retries={"status_503": 2})
+        browser.wait_for_text("Loading the model: 42 %")
+        text = browser.text()
+        assert "1.26 of 3.00 GB" in text
+        assert "3 checks passed: vLLM, weights, encryption" in text
+        assert "2 requests sent again: the source answered 503" in text
+        assert re.search(r"Rate now\n[0-9.]+ [kMG]B/s\n", text)
+        assert re.search(r"Loading the model: 42 %, [0-9.]+ [kMG]B/s, \d+ s left", text)
+        for size, scheme, name in (
+            (PHONE, "light", "loading-phone"),
+            (PHONE, "dark", "loading-phone-dark"),
+            (DESKTOP, "light", "loading-desktop"),
+            (DESKTOP, "dark", "loading-desktop-dark"),
+        ):
+            browser.look_like(size, scheme)
+            browser.screenshot(pictures / f"{name}.png")
+        copied(log, 3.0)
+        log.emit("load_done", rank=0)
+        log.emit("phase", phase="load", state="end")
+        log.emit("phase", phase="postprocess", state="end")
+        browser.wait_for_text("Warming up the engine")
+        engine.status = 200
+        browser.wait_for_text("Ready after ")
+        assert browser.run("return document.querySelector('progress').value") == 1
+        assert browser.run("return document.title").startswith("Ready after ")
+        browser.screenshot(pictures / "ready-desktop-dark.png")
+        browser.look_like(PHONE, "light")
+        browser.screenshot(pictures / "ready-phone.png")
+        assert browser.run("return window.visit") == "the first"
+        assert "canary" not in browser.run("return document.documentElement.outerHTML")
+
+
+def test_no_request_leaves_the_machine_and_the_console_stays_silent(
+    tmp_path: Path, engine: Engine, browser: Browser
+) -> None:
+    """The page needs no other host, and its own policy forbids it nothing that it needs."""
+    log = log_start(tmp_path, engine)
+    come_to_the_load(log)
+    with exporting(tmp_path) as client:
+        browser.log("performance")
+        browser.log("browser")
+        browser.open(address(client))
+        copied(log, 1.5)
+        browser.wait_for_text("Loading the model: 50 %")
+        asked = browser.requested()
+        complaints = [entry["message"] for entry in browser.log("browser")]
+    assert address(client) + "start.json" in asked
+    assert {urlsplit(url).hostname for url in asked} == {"127.0.0.1"}
+    assert [message for message in complaints if "favicon.ico" not in message] == []
+
+
+def test_a_failure_is_said_in_words_and_stays_to_be_read_when_the_container_has_gone(
+    tmp_path: Path, pictures: Path, engine: Engine, browser: Browser
+) -> None:
+    """The exporter ends with the container; the page keeps what it knew and says so."""
+    log = log_start(tmp_path, engine)
+    come_to_the_load(log)
+    browser.look_like(PHONE, "light")
+    with exporting(tmp_path) as client:
+        browser.open(address(client))
+        browser.wait_for_text("Loading the model")
+        log.emit("failure", reason="wrong_key", exit_code=65, message="canary: wrong key")
+        log.emit("engine_exit", code=65)
+        browser.wait_for_text("Failed: wrong key (exit code 65)")
+    browser.wait_for_text("the container may have ended")
+    assert "Failed: wrong key (exit code 65)" in browser.text()
+    browser.screenshot(pictures / "failed-phone.png")
+    assert "canary" not in browser.run("return document.documentElement.outerHTML")
+
+
+def test_a_page_left_open_does_not_call_a_stopped_container_ready(
+    tmp_path: Path, engine: Engine, browser: Browser
+) -> None:
+    """Nobody is left to say that it stopped; the page finds out by itself."""
+    log = log_start(tmp_path, engine)
+    come_to_the_load(log)
+    copied(log, 3.0)
+    log.emit("load_done", rank=0)
+    engine.status = 200
+    with exporting(tmp_path) as client:
+        browser.open(address(client))
+        browser.wait_for_text("The engine answers requests.")
+    browser.wait_for_text("the container may have ended")
+    assert "The engine answers requests." not in browser.text()
+    assert browser.run("return document.title") == "No answer"
+
+
+def test_without_scripts_the_page_is_whole_and_comes_again_by_itself(
+    tmp_path: Path, engine: Engine, browser: Browser
+) -> None:
+    """Meta refresh does what the script does otherwise."""
+    log = log_start(tmp_path, engine)
+    come_to_the_load(log)
+    copied(log, 0.6)
+    with exporting(tmp_path) as client:
+        browser.devtools("Emulation.setScriptExecutionDisabled", value=True)
+        try:
+            browser.open(address(client))
+            browser.wait_for_text("Loading the model: 20 %")
+            copied(log, 2.4)
+            browser.wait_for_text("Loading the model: 80 %")
+        finally:
+            browser.devtools("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP, (320, 640)], ids=["phone", "desktop", "small"])
+def test_nothing_sticks_out_and_every_text_has_enough_contrast(
+    tmp_path: Path, engine: Engine, browser: Browser, size: tuple[int, int], scheme: str
+) -> None:
+    """No sideways scrolling; every text against its ground has 4.5:1 or more (WCAG 1.4.3)."""
+    log = log_start(tmp_path, engine)
+    come_to_the_load(log)
+    copied(log, 1.26, requests=9, retries={"status_503": 2})
+    log.emit("failure", reason="source_unavailable", exit_code=69, message="canary")
+    with exporting(tmp_path) as client:
+        browser.look_like(size, scheme)
+        browser.open(address(client))
+        browser.wait_for_text("Failed: ")
+        wide, weak = browser.run(_MEASURE)
+    assert wide <= size[0]
+    assert weak == []
+
+
+# WCAG 2.2, relative luminance and contrast ratio; backgrounds here are opaque colours.
+_MEASURE = """
+const luminance = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const ground = (element) => {
+  const color = getComputedStyle(element).backgroundColor;
+  return color === "rgba(0, 0, 0, 0)" ? ground(element.parentElement) : color;
+};
+const weak = [];
+const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const element = walker.currentNode.parentElement;
+  if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+  const [high, low] = [getComputedStyle(element).color, ground(element)]
+    .map(luminance).sort((a, b) => b - a);
+  if ((high + 0.05) / (low + 0.05) < 4.5) weak.push(walker.currentNode.textContent);
+}
+return [document.documentElement.scrollWidth, weak];
+"""
