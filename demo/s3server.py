@@ -16,6 +16,15 @@ from pathlib import Path
 from types import TracebackType
 
 READY_SECONDS = 60.0
+OPTIONS = (
+    "-s3",
+    # Small volumes: the first write allocates one.
+    "-master.volumeSizeLimitMB=1024",
+    "-volume.max=50",
+    # Catalogs that it would open on fixed ports.
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+)
 
 
 class S3Server:
@@ -47,8 +56,7 @@ class S3Server:
         """Start, and wait until it answers."""
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
         identities = self.directory / "identities.json"
-        identities.write_text(json.dumps({"identities": [self._identity()]}))
-        identities.chmod(0o600)
+        write_identities(identities, self.access_key, self.secret_key)
         ports = free_ports(9)
         self.port = ports[0]
         names = ["s3.port", "master.port", "volume.port", "filer.port"]
@@ -62,14 +70,8 @@ class S3Server:
                     f"-dir={self.directory / 'data'}",
                     "-ip=127.0.0.1",
                     "-ip.bind=127.0.0.1",
-                    "-s3",
                     f"-s3.config={identities}",
-                    # Small volumes: the first write allocates one.
-                    "-master.volumeSizeLimitMB=1024",
-                    "-volume.max=50",
-                    # Catalogs that it would open on fixed ports.
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
+                    *OPTIONS,
                     *options,
                 ],
                 stdin=subprocess.DEVNULL,
@@ -101,29 +103,7 @@ class S3Server:
 
     def make_bucket(self, name: str) -> None:
         """Make a bucket, waiting until the server can store something in it."""
-        import boto3
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-        )
-        deadline = time.monotonic() + READY_SECONDS
-        while True:
-            try:
-                client.create_bucket(Bucket=name)
-                client.put_object(Bucket=name, Key=".ready", Body=b"")
-                client.delete_object(Bucket=name, Key=".ready")
-                return
-            except (ClientError, BotoCoreError) as error:
-                if "BucketAlready" in str(error):
-                    return
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        make_bucket(name, self.endpoint_url, self.access_key, self.secret_key)
 
     def __enter__(self) -> S3Server:
         self.start()
@@ -136,13 +116,6 @@ class S3Server:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
-
-    def _identity(self) -> dict[str, object]:
-        return {
-            "name": "demo",
-            "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
-            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-        }
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -159,6 +132,44 @@ class S3Server:
                 time.sleep(0.1)
         log = (self.directory / "weed.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"the S3 server did not start:\n{log}")
+
+
+def write_identities(path: Path, access_key: str, secret_key: str) -> None:
+    """SeaweedFS's list of who may do what: one user, everything. 0600."""
+    identity = {
+        "name": "demo",
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"identities": [identity]}))
+
+
+def make_bucket(name: str, endpoint_url: str, access_key: str, secret_key: str) -> None:
+    """Make a bucket, waiting until the server is up and can store something in it."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        region_name="us-east-1",
+    )
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            client.create_bucket(Bucket=name)
+            client.put_object(Bucket=name, Key=".ready", Body=b"")
+            client.delete_object(Bucket=name, Key=".ready")
+            return
+        except (ClientError, BotoCoreError) as error:
+            if "BucketAlready" in str(error):
+                return
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def free_ports(count: int) -> list[int]:

@@ -182,10 +182,10 @@ def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 0
 
 
-def _watch(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+def _watch(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.supervise import watch
 
-    watch()
+    watch(environ)
     return 0
 
 

@@ -62,6 +62,9 @@ def run_engine(serve: Callable[[], int]) -> int:
     elif failure is not None:
         # Our loader failed inside vLLM, which ends with 1 whatever the reason.
         code = failure.exit_code
+    elif code == 0:
+        # vLLM ends "in order" after its engine has died; nobody had asked it to.
+        code = 1
     EventLog(path).emit("engine_exit", code=code)
     return code
 

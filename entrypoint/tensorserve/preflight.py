@@ -62,7 +62,7 @@ def run_checks(
     yield check_shared_memory()
     yield check_state_dir(settings.state_dir)
     yield from check_source(settings, plan, weights, observer)
-    yield check_memory(weights.data_bytes)
+    yield check_memory(weights.data_bytes, machines(plan.argv))
 
 
 def engine_is_cpu() -> bool:
@@ -125,7 +125,8 @@ def check_shared_memory(path: Path = SHARED_MEMORY) -> Passed:
     if free < SHARED_MEMORY_BYTES:
         raise ConfigurationError(
             f"{path} has {free // MIB} MiB free, vLLM needs {SHARED_MEMORY_BYTES // MIB} MiB.",
-            hint="Start the container with `--shm-size 1g` (or `--ipc host`).",
+            hint="Start the container with `--shm-size 1g` (or `--ipc host`); on Kubernetes, mount "
+            "an emptyDir of `medium: Memory` there.",
         )
     return Passed("shared memory", f"{free // MIB} MiB free")
 
@@ -217,21 +218,33 @@ def check_config(bundle_uri: str, access: Access) -> None:
         ) from error
 
 
-def check_memory(data_bytes: int) -> Passed:
-    """The weights fit into the memory of the device that will hold them."""
+def check_memory(data_bytes: int, machine_count: int = 1) -> Passed:
+    """The weights fit into the memory of the devices that will hold them; each machine a part."""
     if engine_is_cpu():
         available, where = _available_host_memory(), "host memory"
     else:
         available, where = _total_device_memory(), "the GPUs' memory"
     if available is None:
         return Passed("memory", "not known")
-    if data_bytes > available:
+    share = data_bytes // machine_count
+    which = "The weights are" if machine_count == 1 else "This machine's part of the weights is"
+    if share > available:
         raise ConfigurationError(
-            f"The weights are {data_bytes / 1e9:.2f} GB, {where} has {available / 1e9:.2f} GB.",
+            f"{which} {share / 1e9:.2f} GB, {where} has {available / 1e9:.2f} GB.",
             hint="Use a larger machine, a smaller or quantized model, or more GPUs with "
             "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE.",
         )
-    return Passed("memory", f"{data_bytes / 1e9:.2f} GB of {available / 1e9:.2f} GB in {where}")
+    return Passed("memory", f"{share / 1e9:.2f} GB of {available / 1e9:.2f} GB in {where}")
+
+
+def machines(argv: tuple[str, ...]) -> int:
+    """How many machines hold the model together: vLLM's --nnodes, 1 without it."""
+    count = "1"
+    for number, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == "--nnodes":
+            count = value or (argv[number + 1] if number + 1 < len(argv) else "1")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def _first_shard(

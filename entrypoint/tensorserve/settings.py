@@ -6,6 +6,8 @@ Every mistake is found and reported, not only the first. What can be set is in `
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,11 @@ AWS_SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "S3_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN": None,
 }
+# What Kubernetes puts into every pod for a Service (enableServiceLinks).
+_SERVICE_LINK = re.compile(
+    r"TENSORSERVE_(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)"
+)
+_LINKED_PORT = re.compile(r"(tcp|udp)://")
 AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
 
 
@@ -63,6 +70,7 @@ class Settings:
     verify: str
     allowed_hosts: tuple[str, ...]
     engine_restarts: int
+    failure_linger: float
     state_dir: Path
     pass_env: tuple[str, ...]
     s3: S3Settings
@@ -100,6 +108,10 @@ class Settings:
         return rows
 
 
+def _is_port(name: str) -> bool:
+    return name.startswith(PREFIX) and name.endswith("_PORT")
+
+
 class _Reader:
     """Collects problems while it reads, so that a user mends them in one go."""
 
@@ -109,6 +121,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def settings(self) -> Settings:
+        self._leave_out_kubernetes_links()
         self._refuse_unknown()
         values = {v.attribute: self._value(v) for v in VARIABLES}
         if values["model_uri"] is None and "TENSORSERVE_MODEL_URI" not in self.environ:
@@ -161,6 +174,20 @@ class _Reader:
                 f"Did you mean {near[0]}?" if near else "`tensorserve plan --help` lists them all.",
             )
 
+    def _leave_out_kubernetes_links(self) -> None:
+        """What Kubernetes sets for Services called tensorserve: one message for all of it."""
+        links = {name for name in self.environ if _SERVICE_LINK.fullmatch(name)}
+        if not links:
+            return
+        links |= {n for n, text in self.environ.items() if _LINKED_PORT.match(text) and _is_port(n)}
+        self.environ = {name: text for name, text in self.environ.items() if name not in links}
+        self._problem(
+            f"Kubernetes has set {min(links)} and {len(links) - 1} more, for a Service whose name "
+            "begins with `tensorserve`.",
+            "Set `enableServiceLinks: false` in the pod's spec (docs/kubernetes.md), or give the "
+            "Service another name.",
+        )
+
     def _value(self, variable: Variable) -> Any:
         if variable.secret:
             return self._secret(variable.name)
@@ -191,6 +218,9 @@ class _Reader:
             return Secret(self.environ[name], origin=self.origins.get(name, name))
         if file_name not in self.environ:
             return None
+        if not self.environ[file_name].strip():
+            self._problem(f"{file_name} is empty.", "Give it a path or unset it.")
+            return None
         path = Path(self.environ[file_name])
         try:
             with path.open("rb") as file:
@@ -198,7 +228,7 @@ class _Reader:
         except OSError as error:
             self._problem(
                 f"{file_name}={path}: {error.strerror}.",
-                "Mount the secret there, readable by the user that the container runs as.",
+                f"Mount the secret there, readable by this user ({os.getuid()}:{os.getgid()}).",
             )
             return None
         if len(data) > MAX_SECRET_FILE_BYTES:

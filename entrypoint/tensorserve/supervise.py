@@ -30,7 +30,7 @@ from tensorserve.launch import no_core_dumps
 from tensorserve.plan import make_plan
 from tensorserve.preflight import check_port, prepare_state_dir
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
-from tensorserve.start import publish_start
+from tensorserve.start import publish_start, receive_start
 from tensorserve.telemetry import EventLog, Follower, ProgressView, StartState, events_path, new_log
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -217,7 +217,7 @@ def _kill_children() -> None:
             os.waitpid(int(child), 0)
 
 
-def watch() -> None:
+def watch(environ: Mapping[str, str]) -> None:
     """supervisord's event listener, on stdio: when the engine has ended, end supervisord."""
     while True:
         sys.stdout.write("READY\n")
@@ -231,4 +231,28 @@ def watch() -> None:
         sys.stdout.write("RESULT 2\nOK")
         sys.stdout.flush()
         if fields.get("processname") == "engine":
+            linger(receive_start(environ).settings)
             os.kill(os.getppid(), signal.SIGTERM)
+
+
+def linger(settings: Settings) -> None:
+    """Where the container is about to end with a failure: wait until somebody has seen it.
+
+    Otherwise the exporter would be gone before Prometheus asks again, and the failure's reason
+    with it. The exporter writes `failure_scraped` after the first scrape that showed the failure.
+    """
+    events = Follower(events_path(settings.state_dir))
+    state = StartState()
+    deadline = time.monotonic() + settings.failure_linger
+    while True:
+        for event in events.poll():
+            state.apply(event)
+            if event["event"] == "failure_scraped":
+                return
+        if state.failure is None or _will_restart(settings, state) or time.monotonic() >= deadline:
+            return
+        time.sleep(_TICK)
+
+
+def _will_restart(settings: Settings, state: StartState) -> bool:
+    return state.starts <= settings.engine_restarts and state.engine_exit not in FINAL_CODES

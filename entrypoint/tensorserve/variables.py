@@ -84,6 +84,15 @@ def _seconds(value: str, name: str) -> float:
     return seconds
 
 
+def _linger(value: str, name: str) -> float:
+    if not re.fullmatch(r"\d{1,3}(\.\d+)?", value) or float(value) > 300:
+        raise ConfigurationError(
+            f"{name}={value!r} is not a number of seconds from 0 to 300.",
+            hint=f"For example {name}=10.",
+        )
+    return float(value)
+
+
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
@@ -196,6 +205,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TENSORSERVE_ENGINE_RESTARTS", "engine_restarts", _count(0, 100), 0,
         "How often a crashed engine is started again before the container ends.", "0–100",
+    ),
+    Variable(
+        "TENSORSERVE_FAILURE_LINGER", "failure_linger", _linger, 10.0,
+        "After a failure, how long the metrics wait for one more scrape before the container ends.",
+        "seconds, 0–300",
     ),
     Variable(
         "TENSORSERVE_STATE_DIR", "state_dir", _path, None,

@@ -162,6 +162,8 @@ class Tensorserve(Running):
                 "TENSORSERVE_PORT": str(port),
                 "TENSORSERVE_METRICS_PORT": str(self.metrics_port),
                 "TENSORSERVE_MODEL_NAME": "model",
+                # Nobody scrapes most of these starts.
+                "TENSORSERVE_FAILURE_LINGER": "0",
             }
             | environ
         )

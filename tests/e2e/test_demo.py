@@ -67,6 +67,27 @@ def test_ctrl_c_stops_everything(tmp_path: Path, moment: str) -> None:
     assert children_of_demo() == set()
 
 
+def test_a_closed_terminal_stops_everything(tmp_path: Path) -> None:
+    """Its hang-up reaches `make` alone: the demo must notice that its parent is gone."""
+    log = tmp_path / "demo.log"
+    with log.open("wb") as output:
+        make = subprocess.Popen(
+            ["sh", "-c", '"$0" -u "$1" & wait', sys.executable, str(DEMO)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    wait_for_text(log, make, "import")
+    assert children_of_demo() != set()
+    make.send_signal(signal.SIGHUP)
+    make.wait(10)
+    deadline = time.monotonic() + 30
+    while session_processes(make.pid) or children_of_demo():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
 def wait_for_text(log: Path, demo: subprocess.Popen[bytes], text: str) -> None:
     deadline = time.monotonic() + 120
     pause = threading.Event()

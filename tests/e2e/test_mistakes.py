@@ -11,12 +11,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from running import request
 from safetensors.torch import save_file
 from tensorizer import EncryptionParams, TensorSerializer
 
@@ -65,6 +67,8 @@ class Up:
             "TENSORSERVE_PORT": str(free_port()),
             "TENSORSERVE_METRICS_PORT": str(free_port()),
             "TENSORSERVE_FETCH_DEADLINE": "3",
+            # Nobody scrapes these starts (but one).
+            "TENSORSERVE_FAILURE_LINGER": "0",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
@@ -295,3 +299,37 @@ def test_weights_that_are_not_those_of_the_manifest(up: Up, tmp_path: Path) -> N
     shutil.copy(bundles[1] / "model.tensors", bundles[0] / "model.tensors")
     outcome = up({"TENSORSERVE_MODEL_URI": str(bundles[0]), "TENSORSERVE_KEY_FILE": str(key_file)})
     outcome.must_be(65, "manifest")
+
+
+def test_an_empty_name_of_a_secrets_file(up: Up) -> None:
+    """As an unset variable of a compose file gives."""
+    up({"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_KEY_FILE": " "}).must_be(
+        78, "TENSORSERVE_KEY_FILE is empty"
+    )
+
+
+def test_the_metrics_outlive_a_failure_until_they_were_asked(up: Up, encrypted: Path) -> None:
+    """A scraper sees why the start failed; once it has, the container ends at once."""
+    environ = up.base | {
+        "TENSORSERVE_MODEL_URI": str(encrypted),
+        "TENSORSERVE_KEY": WRONG_KEY.hex(),
+        "TENSORSERVE_FAILURE_LINGER": "120",
+    }
+    process = subprocess.Popen(
+        [PROGRAM, "up"], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        log = up.state_dir / "state" / "events.jsonl"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and '"engine_exit"' in log.read_text()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        status, body = request(f"http://127.0.0.1:{environ['TENSORSERVE_METRICS_PORT']}/metrics")
+        assert status == 200
+        assert 'tensorserve_failures_total{reason="wrong_key"} 1.0' in body.decode()
+        # 120 s if it did not notice.
+        assert process.wait(30) == 65
+    finally:
+        process.kill()
+        process.wait()

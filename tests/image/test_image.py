@@ -179,6 +179,42 @@ def test_docker_stop_ends_it_in_order(served: Container) -> None:
     assert int(served.state("ExitCode")) == 128 + signal.SIGTERM
 
 
+@pytest.fixture
+def cache_volume() -> Iterator[str]:
+    name = "tensorserve-test-cache"
+    subprocess.run([ENGINE, "volume", "rm", "--force", name], check=False, capture_output=True)
+    yield name
+    subprocess.run([ENGINE, "volume", "rm", "--force", name], check=False, capture_output=True)
+
+
+def test_a_second_start_finds_what_the_first_has_compiled(bundle: Path, cache_volume: str) -> None:
+    """With the cache on a volume: a new container compiles nothing again."""
+    options = [
+        "--volume", f"{bundle / 'model'}:/models/smollm2:ro",
+        "--volume", f"{bundle / 'key'}:/run/secrets/model-key:ro",
+        "--volume", f"{cache_volume}:/var/lib/tensorserve/cache",
+        "-e", "TENSORSERVE_MODEL_URI=/models/smollm2",
+        "-e", "TENSORSERVE_KEY_FILE=/run/secrets/model-key",
+        "-e", "TENSORSERVE_VLLM_MAX_MODEL_LEN=512",
+        "-e", "TENSORSERVE_VLLM_DTYPE=float32",
+    ]  # fmt: skip
+    kernels: list[set[str]] = []
+    for number in (1, 2):
+        with Container(f"tensorserve-test-cache-{number}", *options) as container:
+            container.wait_ready()
+            # Names and times: a kernel that was compiled again would have another time.
+            words = "find /var/lib/tensorserve/cache -name '*.so' -printf '%p %T@\\n'"
+            done = subprocess.run(
+                [ENGINE, "exec", container.name, "sh", "-c", words],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            kernels.append(set(done.stdout.splitlines()))
+    assert len(kernels[0]) > 5, kernels
+    assert kernels[1] == kernels[0]
+
+
 def test_no_arguments_and_no_settings_say_what_to_set() -> None:
     """Exit code 78, one message."""
     done = run()

@@ -60,3 +60,26 @@ def test_an_address_that_is_not_ours_is_said_as_such() -> None:
     """Not "in use": there is no such address here."""
     with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1"):
         preflight.check_port("API", "192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize(
+    ("argv", "count"),
+    [
+        (("serve", "--nnodes=3"), 3),
+        (("serve", "--nnodes", "2", "--x"), 2),
+        (("serve",), 1),
+        (("serve", "--nnodes"), 1),
+    ],
+)
+def test_how_many_machines_hold_the_model(argv: tuple[str, ...], count: int) -> None:
+    """As vLLM's own flag says."""
+    assert preflight.machines(argv) == count
+
+
+def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model beyond one machine is not refused on each of several."""
+    monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
+    monkeypatch.setattr(preflight, "_available_host_memory", lambda: 10**9)
+    with pytest.raises(ConfigurationError, match=r"1\.80 GB"):
+        preflight.check_memory(1_800_000_000)
+    assert "0.90 GB of 1.00 GB" in preflight.check_memory(1_800_000_000, 2).found

@@ -282,3 +282,22 @@ def test_every_variable_is_documented() -> None:
     for variable in VARIABLES:
         assert f"`{variable.name}`" in text
         assert variable.meaning in text
+
+
+def test_variables_that_kubernetes_sets_for_a_service_are_one_mistake() -> None:
+    """A Service called tensorserve puts eight of our names into each pod."""
+    linked = {
+        "TENSORSERVE_SERVICE_HOST": "10.0.0.7",
+        "TENSORSERVE_SERVICE_PORT": "8000",
+        "TENSORSERVE_SERVICE_PORT_API": "8000",
+        "TENSORSERVE_PORT": "tcp://10.0.0.7:8000",
+        "TENSORSERVE_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+        "TENSORSERVE_PORT_8000_TCP_PROTO": "tcp",
+        "TENSORSERVE_PORT_8000_TCP_PORT": "8000",
+        "TENSORSERVE_PORT_8000_TCP_ADDR": "10.0.0.7",
+    }
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m", **linked})
+    (problem,) = caught.value.problems
+    assert "and 7 more" in problem
+    assert "enableServiceLinks: false" in problem

@@ -152,7 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _metrics(self) -> None:
         encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+        # Before the samples are taken: what was written by now is in them.
+        failed = self.server.watcher.look().state.failure is not None
         self._answer(HTTPStatus.OK, content_type, encode(self.server.registry))
+        if failed:
+            self.server.watcher.failure_was_scraped()
 
     def _live(self) -> None:
         self._json(HTTPStatus.OK, {"live": True})

@@ -12,23 +12,19 @@ import hashlib
 import html
 import re
 import threading
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tensorserve.telemetry.events import Event, Follower, events_path
+from tensorserve.telemetry.events import Follower, events_path
 from tensorserve.telemetry.load import label
 from tensorserve.telemetry.readiness import Status
 from tensorserve.telemetry.state import PHASES, StartState
+from tensorserve.telemetry.story import Note, Story
+from tensorserve.telemetry.words import FAILURES, NBSP, duration, failed, size
 
-_NBSP = "\u00a0"
-_MOST_NOTES = 12
-_SECONDS_OF_ONE_NOTE = 10.0
-"""Requests sent again for one reason within this time are one line."""
 _SECONDS_OF_A_STALL = 5.0
 _POLL_STARTING, _POLL_READY = 0.7, 5.0
 
@@ -50,119 +46,7 @@ _PHASE_NAMES = {
     "postprocess": "Prepare",
     "warmup": "Warm up",
 }
-_DONE = {
-    "preflight": "All checks passed",
-    "artifacts": "Configuration and tokenizer are there",
-    "import": "vLLM has started",
-    "init": "The empty model is set up",
-    "load": "The weights are in the model",
-    "postprocess": "The weights are prepared",
-    "warmup": "The engine is warm",
-}
-_FAILURES = {
-    "wrong_key": ("wrong key", "The key or passphrase does not open this model."),
-    "corrupt": (
-        "the model is damaged",
-        "A file is damaged, incomplete or was replaced. `tensorserve verify` says which.",
-    ),
-    "source_unavailable": (
-        "the source cannot be reached",
-        "Look at the network and the address of the model.",
-    ),
-    "permission": (
-        "no permission",
-        "The credentials are missing, wrong, expired or do not suffice.",
-    ),
-    "configuration": ("wrong configuration", "`tensorserve plan` names each mistake."),
-    "usage": ("wrong command", "`tensorserve --help` shows the right one."),
-    "internal": ("internal error", "This is a mistake in tensorserve: please report it."),
-    "engine": ("the engine ended", "Its own output, in the log of the container, says why."),
-}
 _OUT_OF_MEMORY = "It was killed: most often the memory did not suffice."
-_RETRIES = {
-    "reset": "connection reset",
-    "short_body": "answer cut short",
-    "stall": "no data for too long",
-    "dns": "name not found",
-    "connect": "no connection",
-    "tls": "TLS error",
-    "expired": "credentials expired",
-}
-# The names of `preflight`'s checks. Any other could hold something of the user's.
-_CHECKS = frozenset(
-    {"vLLM", "device", "API port", "metrics port", "shared memory", "state directory"}
-    | {"weights", "encryption", "configuration", "memory"}
-)
-
-
-@dataclass
-class Note:
-    """Something that happened at monotonic second `t`; `tone`: plain, good, warning or bad."""
-
-    t: float
-    text: str
-    tone: str = "plain"
-    retried: str | None = None
-    count: int = 0
-
-
-class Story:
-    """The notes of the log's last start, oldest first; `StartState` keeps sums, not moments."""
-
-    def __init__(self) -> None:
-        self.notes: deque[Note] = deque(maxlen=_MOST_NOTES)
-        self._state = StartState()
-        self._checks: list[str] = []
-
-    def apply(self, event: Event) -> None:
-        """Take in one event."""
-        state, moment = self._state, event["t"]
-        segment = state.segments[-1] if state.segments else None
-        retries, failed, ready = state.retries, state.failure, state.ready_at
-        state.apply(event)
-        if event["event"] == "start":
-            self._start(moment)
-            return
-        if event["event"] == "check":
-            name = str(event.get("name"))
-            self._checks.append(name if name in _CHECKS else "another one")
-        if segment is not None and segment.end is not None and state.segments[-1] is not segment:
-            self._phase_done(segment.phase, segment.end, segment.end - segment.begin)
-        for reason, count in (state.retries - retries).items():
-            self._retried(reason, count, moment)
-        if state.ready_at is not None and ready is None:
-            took = duration(state.startup_seconds(moment))
-            self._note(Note(moment, f"Ready after {took}", "good"))
-        if state.failure is not None and failed is None:
-            self._note(Note(moment, _failed(state), "bad"))
-        elif event["event"] == "engine_exit" and state.failure is None:
-            self._note(Note(moment, "Stopped as asked", "warning"))
-
-    def _start(self, moment: float) -> None:
-        self.notes.clear()
-        self._checks.clear()
-        starts = self._state.starts
-        again = f"Started again, start number {starts}" if starts > 1 else "The start began"
-        self._note(Note(moment, again, "warning" if starts > 1 else "plain"))
-
-    def _phase_done(self, phase: str, moment: float, seconds: float) -> None:
-        text = _DONE[phase]
-        if phase == PHASES[0] and self._checks:
-            text = f"{len(self._checks)} checks passed: {', '.join(self._checks)}"
-        self._note(Note(moment, f"{text} ({duration(seconds)})"))
-
-    def _retried(self, reason: str, count: int, moment: float) -> None:
-        last = self.notes[-1] if self.notes else None
-        if last is not None and last.retried == reason and moment - last.t <= _SECONDS_OF_ONE_NOTE:
-            last.count += count
-        else:
-            last = Note(moment, "", "warning", retried=reason, count=count)
-            self._note(last)
-        requests = "1 request" if last.count == 1 else f"{last.count} requests"
-        last.text = f"{requests} sent again: {_retry_words(reason)}"
-
-    def _note(self, note: Note) -> None:
-        self.notes.append(note)
 
 
 class StartPage:
@@ -242,37 +126,16 @@ def policy() -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """`12 ms`, `35.6 s`, or `2 min 05 s`; spaces do not break, here and in `size`."""
-    if seconds < 0.0005:
-        return f"0{_NBSP}s"
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.0f}{_NBSP}ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f}{_NBSP}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}{_NBSP}min{_NBSP}{rest:02d}{_NBSP}s"
-
-
-def size(count: float) -> str:
-    """`count` bytes in the largest fitting of B, kB, MB and GB (powers of 1000)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            digits = 2 if unit == "GB" else 1 if count < 100 * factor else 0
-            return f"{count / factor:.{digits}f}{_NBSP}{unit}"
-    return f"{count:.0f}{_NBSP}B"
-
-
 def _headline(status: Status) -> tuple[str, str, str]:
     """(tone, headline, a line below it or nothing)."""
     state, now = status.state, status.now
     took = duration(state.startup_seconds(now))
     if state.failure is not None:
-        _, hint = _FAILURES.get(state.failure.reason, ("", ""))
+        _, hint = FAILURES.get(state.failure.reason, ("", ""))
         if state.failure.reason == "engine" and state.failure.exit_code == 137:
             hint = _OUT_OF_MEMORY
         before = f" It had been ready after {took}." if state.ready_at is not None else ""
-        return "failed", _failed(state), (hint + before).strip()
+        return "failed", failed(state), (hint + before).strip()
     if state.engine_exit is not None:
         when = "" if state.ready_at is not None else f" after {took}, before it was ready"
         return "stopped", f"Stopped{when}", "Somebody asked for it."
@@ -315,13 +178,6 @@ def _step(state: StartState) -> str:
     return f"Step {PHASES.index(state.phase) + 1} of {len(PHASES)}"
 
 
-def _failed(state: StartState) -> str:
-    assert state.failure is not None
-    reason = state.failure.reason
-    words = _FAILURES[reason][0] if reason in _FAILURES else reason.replace("_", " ")
-    return f"Failed: {words} (exit code{_NBSP}{state.failure.exit_code})"
-
-
 def _announcement(state: StartState, headline: str) -> str:
     """What a screen reader says; it changes a few times in a start, the headline every second."""
     if state.phase == "load":
@@ -335,13 +191,13 @@ def _loaded(state: StartState) -> str:
     copied, planned = size(state.copied_bytes), size(state.planned_bytes)
     if copied == planned:
         return planned
-    unit = planned[planned.index(_NBSP) :]
+    unit = planned[planned.index(NBSP) :]
     return f"{copied.removesuffix(unit) if copied.endswith(unit) else copied} of {planned}"
 
 
 def _percent(state: StartState) -> str:
     # Rounded down: 100 % is said when nothing is missing. The tiny sum is for 0.29 * 100 < 29.
-    return f"{int(state.progress * 100 + 1e-6)}{_NBSP}%"
+    return f"{int(state.progress * 100 + 1e-6)}{NBSP}%"
 
 
 def _rate(state: StartState, now: float) -> str:
@@ -359,7 +215,7 @@ def _left(state: StartState, now: float) -> str:
 
 
 def _whole(seconds: float) -> str:
-    return f"{seconds:.0f}{_NBSP}s" if seconds < 59.5 else duration(seconds)
+    return f"{seconds:.0f}{NBSP}s" if seconds < 59.5 else duration(seconds)
 
 
 def _bar(state: StartState, phase: str, now: float) -> dict[str, Any]:
@@ -395,13 +251,6 @@ def _row(bar: dict[str, Any]) -> str:
         f'<td><svg aria-hidden="true"><rect x="{bar["x"]}%" width="{bar["width"]}%" height="100%" '
         f'rx="3"/></svg></td><td>{html.escape(bar["seconds"])}</td></tr>'
     )
-
-
-def _retry_words(reason: str) -> str:
-    status = reason.removeprefix("status_")
-    if status != reason and status.isdigit():
-        return f"the source answered {status}"
-    return _RETRIES.get(reason, reason.replace("_", " "))
 
 
 def _version(text: str) -> str:

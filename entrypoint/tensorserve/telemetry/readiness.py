@@ -70,6 +70,7 @@ class Watcher:
         self._state = StartState()
         self._healthy: str | None = None
         self._warned = False
+        self._told_failure_of: str | None = None
 
     def look(self) -> Status:
         """The start now, by the log as it stands. Raises OSError where the log cannot be read."""
@@ -95,6 +96,13 @@ class Watcher:
                 self._log.emit("phase", phase=PHASES[-1], state="end")
                 self._log.emit("ready", start_id=status.state.start_id)
             return SECONDS_BETWEEN_PROBES_READY if status.ready else SECONDS_BETWEEN_PROBES_STARTING
+
+    def failure_was_scraped(self) -> None:
+        """A scrape has shown that this start failed; said once, to whoever waits for that."""
+        with self._lock:
+            if self._told_failure_of != self._state.start_id:
+                self._told_failure_of = self._state.start_id
+                self._log.emit("failure_scraped")
 
     def _look(self) -> Status:
         for event in self._follower.poll():

@@ -14,8 +14,10 @@ import pytest
 from telemetry_starts import Engine, at, begin, end, exporting, log_start, progress, whole_start
 
 from tensorserve.telemetry import PHASES, Event, fold
-from tensorserve.telemetry.page import Story, duration, policy, render, size, view
+from tensorserve.telemetry.page import policy, render, view
 from tensorserve.telemetry.readiness import Status
+from tensorserve.telemetry.story import Story
+from tensorserve.telemetry.words import duration, size
 
 
 def seen(events: list[Event], now: float, *, healthy: bool = False) -> dict[str, Any]:

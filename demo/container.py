@@ -1,0 +1,86 @@
+"""The compose file's demo, inside containers: `s3` is the S3 server, `pack` fills its bucket.
+
+Both share one volume. What is secret there is made anew on the first start and never leaves it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+from s3server import OPTIONS, make_bucket, write_identities
+from smollm2 import ensure_model
+
+DIRECTORY = Path("/var/lib/tensorserve/demo")
+CREDENTIALS = DIRECTORY / "aws-credentials"
+KEY = DIRECTORY / "model.key"
+# Names of services in compose.yaml.
+ENDPOINT_URL = "http://s3:8333"
+MODEL_URI = "s3://models/vllm/SmolLM2-135M-Instruct/v1"
+
+
+def serve_s3() -> None:
+    """Become the S3 server, with credentials that only this volume knows."""
+    if not CREDENTIALS.exists():
+        _make_credentials()
+    access_key, secret_key = _credentials()
+    identities = DIRECTORY / "identities.json"
+    write_identities(identities, access_key, secret_key)
+    data = DIRECTORY / "s3"
+    data.mkdir(exist_ok=True)
+    weed = str(Path(sys.executable).with_name("weed"))
+    words = [f"-dir={data}", "-ip=s3", "-ip.bind=0.0.0.0", f"-s3.config={identities}", *OPTIONS]
+    os.execv(weed, [weed, "server", *words])
+
+
+def pack_model() -> int:
+    """Make the model, pack and encrypt it into the bucket; nothing if that was done before."""
+    access_key, secret_key = _credentials()
+    make_bucket("models", ENDPOINT_URL, access_key, secret_key)
+    done = DIRECTORY / "packed"
+    if done.exists():
+        print("packed already, in the bucket of the last run")
+        return 0
+    model = ensure_model(DIRECTORY)
+    words = ["tensorserve", "pack", str(model), MODEL_URI, "--encrypt", "--key-file", str(KEY)]
+    environment = os.environ | {
+        "AWS_ENDPOINT_URL_S3": ENDPOINT_URL,
+        "AWS_SHARED_CREDENTIALS_FILE": str(CREDENTIALS),
+        "AWS_REGION": "us-east-1",
+    }
+    subprocess.run([*words, "--overwrite"], env=environment, check=True)
+    shutil.rmtree(model)
+    done.touch()
+    return 0
+
+
+def _make_credentials() -> None:
+    content = ConfigParser()
+    content["default"] = {
+        "aws_access_key_id": "demo-" + secrets.token_hex(8),
+        "aws_secret_access_key": secrets.token_hex(20),
+    }
+    # Whole or not there: `pack` may look at any moment.
+    half = CREDENTIALS.with_suffix(".part")
+    half.touch(mode=0o600)
+    with half.open("w") as file:
+        content.write(file)
+    half.rename(CREDENTIALS)
+
+
+def _credentials() -> tuple[str, str]:
+    content = ConfigParser()
+    content.read(CREDENTIALS)
+    section = content["default"]
+    return section["aws_access_key_id"], section["aws_secret_access_key"]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["s3"]:
+        serve_s3()
+    sys.exit(pack_model())

@@ -1,0 +1,179 @@
+"""compose.yaml's demo, as a user runs it: it answers, and Prometheus has seen it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from running import request
+from s3server import free_ports
+
+ROOT = Path(__file__).parents[2]
+PROJECT = "tensorserve-test"
+os.environ.setdefault("CONTAINERS_CONF", str(Path(__file__).with_name("containers.conf")))
+IMAGES = {
+    "TENSORSERVE_CPU_IMAGE": "localhost/tensorserve:cpu",
+    "TENSORSERVE_DEMO_IMAGE": "localhost/tensorserve:demo",
+    "PROMETHEUS_IMAGE": "localhost/tensorserve-test-prometheus",
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed")
+
+
+class Stack:
+    """The demo's containers on free ports; all gone at the end, volumes and networks too."""
+
+    def __init__(self) -> None:
+        self.api, self.metrics, self.prometheus = free_ports(3)
+        self._environment = os.environ | IMAGES | {
+            "API": f"127.0.0.1:{self.api}",
+            "METRICS": f"127.0.0.1:{self.metrics}",
+            "PROMETHEUS": f"127.0.0.1:{self.prometheus}",
+            "RESTART": "no",
+        }  # fmt: skip
+
+    def compose(self, *words: str, check: bool = True) -> str:
+        """`docker compose --profile demo WORDS`, by podman."""
+        files = [ROOT / "compose.yaml", ROOT / "tests/image/compose.podman.yaml"]
+        program = str(Path(sys.executable).with_name("podman-compose"))
+        options = [word for file in files for word in ("--file", str(file))]
+        done = subprocess.run(
+            [program, "--project-name", PROJECT, *options, "--profile", "demo", *words],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done.stdout
+
+    def __enter__(self) -> Stack:
+        self.compose("down", "--volumes", check=False)
+        # In the order that `depends_on` gives: podman 4.3 itself cannot start a container that
+        # depends on one that has finished.
+        self.compose("up", "--no-build", "--detach", "pack", "prometheus")
+        self.wait(lambda: self.state("pack", "Status") == "exited", "pack to finish", 120)
+        assert self.state("pack", "ExitCode") == "0", self.log("pack")
+        self.compose("up", "--no-build", "--no-deps", "--detach", "demo")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.compose("down", "--volumes", check=False)
+
+    def container(self, service: str) -> str:
+        return f"{PROJECT}_{service}_1"
+
+    def state(self, service: str, field: str) -> str:
+        words = ["inspect", "--format", f"{{{{.State.{field}}}}}", self.container(service)]
+        return subprocess.run(
+            ["podman", *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    def log(self, service: str) -> str:
+        done = subprocess.run(
+            ["podman", "logs", self.container(service)], capture_output=True, text=True, check=True
+        )
+        return done.stdout + done.stderr
+
+    def exec(self, service: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["podman", "exec", self.container(service), *words],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited for {what} in vain"
+            time.sleep(0.5)
+
+    def query(self, expression: str) -> list[float]:
+        """The values that Prometheus gives for an expression."""
+        text = urllib.parse.quote(expression)
+        status, body = request(f"http://127.0.0.1:{self.prometheus}/api/v1/query?query={text}")
+        if status != 200:
+            return []
+        return [float(result["value"][1]) for result in json.loads(body)["data"]["result"]]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with Stack() as running:
+
+        def ready() -> bool:
+            assert running.state("demo", "Running") == "true", running.log("demo")
+            return running.query("tensorserve_ready") == [1.0]
+
+        running.wait(ready, "tensorserve_ready 1 in Prometheus", 240)
+        yield running
+
+
+def test_the_published_port_answers_a_chat(stack: Stack) -> None:
+    """From an encrypted model, packed by the one-shot, in the stack's own S3 server."""
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    url = f"http://127.0.0.1:{stack.api}/v1/chat/completions"
+    status, answer = request(url, json.dumps(body).encode())
+    assert status == 200, answer
+    assert "Paris" in json.loads(answer)["choices"][0]["message"]["content"]
+
+
+def test_prometheus_has_both_jobs_and_the_rules(stack: Stack) -> None:
+    """Our exporter, vLLM's own metrics, and the alert rules, by the names in config/."""
+    stack.wait(lambda: stack.query('up{job="vllm"}') == [1.0], "vLLM's own metrics", 30)
+    assert stack.query('up{job="tensorserve"}') == [1.0]
+    assert stack.query("tensorserve_load_size_bytes")[0] > 1e8
+    status, body = request(f"http://127.0.0.1:{stack.prometheus}/api/v1/rules")
+    groups = json.loads(body)["data"]["groups"]
+    assert status == 200
+    names = {rule["name"] for group in groups for rule in group["rules"]}
+    assert "TensorserveLoadFailed" in names
+    assert all(rule["health"] == "ok" for group in groups for rule in group["rules"])
+
+
+def test_no_warning_or_error_of_ours_in_any_log(stack: Stack) -> None:
+    """In the product and in the one-shot that packed."""
+    for service in ("demo", "pack"):
+        ours = [line for line in stack.log(service).splitlines() if "tensorserve:" in line]
+        assert [line for line in ours if "warning" in line or "error" in line] == []
+        assert "Traceback" not in stack.log(service)
+
+
+def test_secrets_are_only_in_the_demos_volume(stack: Stack) -> None:
+    """Not in the container's configuration or environment; readable by its user alone."""
+    done = stack.exec(
+        "demo", "stat", "-c", "%a", "/run/demo/model.key", "/run/demo/aws-credentials"
+    )
+    assert done.stdout.split() == ["600", "600"]
+    credentials = stack.exec("demo", "cat", "/run/demo/aws-credentials").stdout
+    secret = credentials.split("aws_secret_access_key = ")[1].split()[0]
+    words = ["podman", "inspect", stack.container("demo")]
+    inspected = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert secret not in inspected
+    assert secret not in stack.log("demo")
+
+
+def test_the_gpu_service_is_hardened_as_the_demo_is() -> None:
+    """It cannot be run without a GPU; that it is hardened as the demo is can be seen."""
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    product, demo = services["tensorserve"], services["demo"]
+    for name in ("read_only", "cap_drop", "security_opt", "shm_size", "healthcheck", "ulimits"):
+        assert product[name] == demo[name], name
+    assert product["tmpfs"] == demo["tmpfs"]
+    (device,) = product["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert product["secrets"] == ["model-key", "aws-credentials"]
