@@ -1,24 +1,28 @@
-"""The way of the bytes: ranges → host memory → decrypted, authenticated → tensor after tensor.
+"""The way of the bytes: ranges → decrypted, authenticated → where each tensor belongs.
 
-Threads read ranges ahead, in file order, and decrypt each cipher chunk as soon as it is there; the
-consumer takes finished tensors in file order. What is read ahead is bounded by a budget of bytes.
-Knows sources and the format, not vLLM.
+Each connection is a thread that takes a job (schedule.py) and receives parts of 2 MiB; as soon as
+one is there, it is opened into the tensor's own memory while the rest is on its way. From a file
+the same thread opens it, straight out of the processor's cache. Behind a network there are more
+connections than processors, so one thread for each processor opens what all of them receive, into
+a bounded number of buffers. The consumer takes finished tensors in file order. Knows sources and
+the format, not vLLM.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 
 import torch
 
+from tensorserve.errors import CorruptError
 from tensorserve.format import (
-    ChunkedCipher,
     FileKey,
     TagMismatchError,
     TensorHeader,
@@ -27,31 +31,46 @@ from tensorserve.format import (
     parse_header,
     verify_hashes,
 )
+from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections, cores
+from tensorserve.loading.memory import Buffers, HostMemory
 from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.schedule import Piece, Range, ranges
+from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES, Job, Schedule
 from tensorserve.sources import Source
+
+# A part that takes this long while another connection has nothing to do is read a second time.
+_DOUBLE_SECONDS = 0.5
+_IDLE_SECONDS = 0.02
+# Threads that are still in a read when all is done are left to their timeout.
+_JOIN_SECONDS = 0.5
+
+Placement = Callable[[TensorRecord], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """How to load. ``ahead_bytes`` bounds the host memory for tensors that are not yet taken."""
 
-    connections: int = 16
+    connections: int | None = None
+    """None: as many as help."""
     ahead_bytes: int = 1024**3
     verify_hashes: bool = False
+    headers_sha256: str | None = None
+    """Of all headers in file order, from a manifest; needs all of the file's tensors."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     """One tensor on its way."""
 
     record: TensorRecord
-    memory: torch.Tensor  # uint8, `record.length` bytes
+    memory: torch.Tensor  # uint8, of the record's length
     view: memoryview
+    budget: int  # bytes of ahead_bytes that it takes
+    left: int  # bytes that have not come to their place yet
+    sealed: bool = False  # they come sealed, and are opened when all are there
     header: TensorHeader | None = None
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of the data, as they arrived
-    taken: set[int] = field(default_factory=set)  # chunks that some thread decrypts or decrypted
-    ready: int = 0  # bytes that are plain and authenticated
+    header_known: threading.Event = field(default_factory=threading.Event)
+    opened: set[int] = field(default_factory=set)  # parts that some thread opens or opened
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -62,6 +81,9 @@ class TensorStream:
     A tensor is handed out only after every one of its chunks was authenticated. Use it as a context
     manager: leaving it ends all threads, also in the middle. Errors of any thread surface in the
     consumer, as they were raised.
+
+    `place` may give a tensor's final memory (uint8, contiguous, of the record's length): it is then
+    filled there, without a copy and without counting for `ahead_bytes`.
     """
 
     def __init__(
@@ -73,30 +95,42 @@ class TensorStream:
         key: FileKey | None,
         options: LoadOptions,
         progress: LoadProgress,
+        place: Placement = lambda _: None,
     ) -> None:
         self._source = source
         self._encrypted = encrypted
         self._key = key
         self._options = options
         self._progress = progress
+        self._place = place
         records = tuple(records)
-        self._todo = ranges(records)
-        self._todo_lock = threading.Lock()
+        self._schedule: Schedule[_Pending] = Schedule(records, self._admit)
+        # One half for what is on its way, one for what waits to be used again.
+        self._ahead_limit = options.ahead_bytes // 2
+        self._memory = HostMemory(options.ahead_bytes // 2)
         self._order: SimpleQueue[_Pending | None] = SimpleQueue()
-        self._pending: dict[int, _Pending] = {}
+        self._headers: dict[int, bytes] = {}
         self._free = threading.Condition()
         self._ahead = 0
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._left = len(records)
-        self._threads = [
-            threading.Thread(target=self._work, name=f"tensorserve-load-{n}", daemon=True)
-            for n in range(options.connections)
-        ]
+        self._to_open = len(records)
+        self._connections = _connections(source, options, progress)
+        self._threads: list[threading.Thread] = []
+        self._staffed = 0
+        # What plain files hold needs no opening, and is received where it belongs.
+        self._apart = encrypted and source.remote
+        self._buffers = Buffers(PART_BYTES, max(4, options.ahead_bytes // 4 // PART_BYTES))
+        self._received: SimpleQueue[tuple[_Pending, int, memoryview, int] | None] = SimpleQueue()
 
     def __enter__(self) -> TensorStream:
-        for thread in self._threads:
-            thread.start()
+        if self._apart:
+            for number in range(cores()):
+                self._run(self._open_what_comes, f"tensorserve-load-open-{number}")
+        self._staff()
+        if self._options.connections is None:
+            self._run(self._adapt, "tensorserve-load-adapt")
         return self
 
     def __exit__(
@@ -105,189 +139,324 @@ class TensorStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stopped.set()
-        with self._free:
-            self._free.notify_all()
-        # A thread in the middle of a read ends with its read: threads are daemons.
+        self._stop()
+        until = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
-            thread.join(timeout=1.0)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def __iter__(self) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
         while self._left:
             pending = self._order.get()
             if pending is None:
                 self._raise()
-            else:
-                while not pending.done.wait(0.1):
-                    self._raise()
+                continue
+            while not pending.done.wait(0.1):
                 self._raise()
-                self._left -= 1
-                yield pending.record, _shaped(pending.record, pending.memory)
-                self._release(pending)
+            self._raise()
+            self._left -= 1
+            if not self._left:
+                self._check_headers()
+            record = pending.record
+            tensor = _shaped(record, pending.memory)
+            budget = pending.budget
+            del pending
+            yield record, tensor
+            del tensor
+            self._release(budget)
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    # In the worker threads ------------------------------------------------------------------------
+    def _check_headers(self) -> None:
+        """Nonces, tags and hashes of the whole file are those that the manifest vouches for."""
+        expected = self._options.headers_sha256
+        if expected is None:
+            return
+        headers = b"".join(self._headers[offset] for offset in sorted(self._headers))
+        if hashlib.sha256(headers).hexdigest() != expected:
+            raise CorruptError(
+                f"{self._source.name}: the tensors' headers are not those of the manifest.",
+                hint="Tensors were exchanged for others under the same key. Pack it again.",
+            )
 
-    def _work(self) -> None:
-        try:
-            scratch = bytearray()
-            while not self._stopped.is_set():
-                claimed = self._claim()
-                if claimed is None:
-                    return
-                wanted, tensors = claimed
-                if len(scratch) < wanted.length:
-                    scratch = bytearray(wanted.length)
-                self._read(wanted, tensors, memoryview(scratch)[: wanted.length])
-        # The error belongs to the consumer, which raises it: also KeyboardInterrupt and the like.
-        except BaseException as error:  # noqa: BLE001
-            self._fail(error)
+    # The crew -------------------------------------------------------------------------------------
 
-    def _fail(self, error: BaseException) -> None:
-        if self._error is None:
-            self._error = error
+    def _run(self, work: Callable[[], None], name: str) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            # The error belongs to the consumer, which raises it: also KeyboardInterrupt and such.
+            except BaseException as error:  # noqa: BLE001
+                if self._error is None:
+                    self._error = error
+                self._stop()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _stop(self) -> None:
         self._stopped.set()
         self._order.put(None)
+        self._buffers.close()
+        if self._apart:
+            for _ in range(cores()):
+                self._received.put(None)
         with self._free:
             self._free.notify_all()
 
-    def _claim(self) -> tuple[Range, list[_Pending]] | None:
-        """The next range in file order, with memory for the tensors that begin in it."""
-        with self._todo_lock:
-            wanted = next(self._todo, None)
-            if wanted is None:
-                return None
-            self._admit([piece.record for piece in wanted.pieces if piece.start == 0])
-            tensors = []
-            for piece in wanted.pieces:
-                tensors.append(self._pending[piece.record.header_offset])
-                if piece.stop == piece.record.length:
-                    del self._pending[piece.record.header_offset]
-            return wanted, tensors
+    def _staff(self) -> None:
+        while self._staffed < self._connections.target and not self._stopped.is_set():
+            number = self._staffed
+            self._staffed += 1
+            self._run(partial(self._work, number), f"tensorserve-load-{number}")
 
-    def _admit(self, records: list[TensorRecord]) -> None:
-        """Wait for room, then set the tensors up, all those of a range or none.
+    def _adapt(self) -> None:
+        pause = 0.0
+        while not self._stopped.wait(pause) and self._to_open:
+            pause = self._connections.step()
+            self._staff()
 
-        Every tensor admitted before is claimed to its end by then, so the consumer can always take
-        one and make room. Where nothing is ahead, any size is let in.
+    # In the worker threads ------------------------------------------------------------------------
+
+    def _work(self, number: int) -> None:
+        while self._to_open and not self._stopped.is_set():
+            if number >= self._connections.target:
+                self._stopped.wait(_IDLE_SECONDS)
+                continue
+            job = self._schedule.claim(self._connections.target) or self._schedule.steal()
+            if job is not None:
+                try:
+                    self._do(job)
+                finally:
+                    self._schedule.end(job)
+            elif not self._double():
+                self._stopped.wait(_IDLE_SECONDS)
+
+    def _open_what_comes(self) -> None:
+        while (received := self._received.get()) is not None:
+            tensor, part, buffer, count = received
+            if not tensor.header_known.wait(_IDLE_SECONDS) and not self._stopped.is_set():
+                self._received.put(received)  # its header is slow, others need not wait for it
+                continue
+            self._open_part(tensor, part, buffer[:count])
+            self._buffers.give_back(buffer)
+
+    def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[_Pending, ...]:
+        """Wait for room, then set the tensors up, all of them or none.
+
+        Every tensor admitted before is given out to its end by then, so the consumer can always
+        take one and make room. Where nothing is ahead, any size is let in.
         """
-        needed = sum(record.length for record in records)
+        placed = [self._place(record) for record in records]
+        budgets = [
+            record.length if memory is None else 0
+            for record, memory in zip(records, placed, strict=True)
+        ]
+        needed = sum(budgets)
         with self._free:
             while (
                 needed
                 and self._ahead
-                and self._ahead + needed > self._options.ahead_bytes
+                and self._ahead + needed > self._ahead_limit
                 and not self._stopped.is_set()
             ):
                 self._free.wait()
             self._ahead += needed
-        for record in records:
-            memory = torch.empty(record.length, dtype=torch.uint8)
+        pending = []
+        for record, memory, budget in zip(records, placed, budgets, strict=True):
+            if memory is None:
+                memory = self._memory.take(record.length)
             view = memory.numpy().data if record.length else memoryview(bytearray())
-            pending = _Pending(record, memory, view)
-            self._pending[record.header_offset] = pending
-            self._order.put(pending)
+            pending.append(_Pending(record, memory, view, budget, record.length))
+            self._order.put(pending[-1])
+        return tuple(pending)
 
-    def _release(self, pending: _Pending) -> None:
+    def _release(self, budget: int) -> None:
         with self._free:
-            self._ahead -= pending.record.length
+            self._ahead -= budget
             self._free.notify_all()
 
-    def _read(self, wanted: Range, tensors: list[_Pending], scratch: memoryview) -> None:
-        piece, tensor = wanted.pieces[0], tensors[0]
+    def _do(self, job: Job[_Pending]) -> None:
+        if job.batch:
+            self._do_batch(job)
+        else:
+            self._do_parts(job)
+
+    def _do_batch(self, job: Job[_Pending]) -> None:
+        """Small tensors, whole, in one read."""
+        first, last = job.tensors[0].record, job.tensors[-1].record
+        data = memoryview(bytearray(last.end - first.header_offset))
         started = time.monotonic()
-        if len(wanted.pieces) == 1 and piece.start > 0:
-            # The middle of a large tensor: straight to where it belongs.
-            self._source.read_into(wanted.offset, tensor.view[piece.start : piece.stop])
-            self._count_fetch(wanted, started)
-            self._arrived(tensor, piece)
-            return
-        self._source.read_into(wanted.offset, scratch)
-        self._count_fetch(wanted, started)
-        for piece, tensor in zip(wanted.pieces, tensors, strict=True):
-            record = piece.record
-            begin = record.header_offset - wanted.offset
-            data = record.data_offset - wanted.offset
-            tensor.header = parse_header(
-                record,
-                scratch[begin:data],
-                encrypted=self._encrypted,
-                source_name=self._source.name,
-            )
-            tensor.view[: piece.stop] = scratch[data : data + piece.stop]
-            self._arrived(tensor, piece)
-
-    def _count_fetch(self, wanted: Range, started: float) -> None:
-        count = sum(piece.stop - piece.start for piece in wanted.pieces)
+        self._source.read_into(first.header_offset, data)
+        count = sum(tensor.record.length for tensor in job.tensors)
         self._progress.stage("fetch", count, time.monotonic() - started)
+        for tensor in job.tensors:
+            record = tensor.record
+            begin = record.header_offset - first.header_offset
+            body = begin + record.header_length
+            self._take_header(tensor, data[begin:body])
+            self._take(tensor, 0, data[body : body + record.length])
 
-    def _arrived(self, tensor: _Pending, piece: Piece) -> None:
-        """Decrypt what can be decrypted now; finish the tensor when nothing is missing."""
-        with tensor.lock:
-            tensor.spans = _merged([*tensor.spans, (piece.start, piece.stop)])
-            header = tensor.header
-            if header is None:
-                return  # whoever brings the header takes these bytes too
-            if header.chunks is None:
-                tensor.ready = sum(stop - start for start, stop in tensor.spans)
-                mine = []
+    def _do_parts(self, job: Job[_Pending]) -> None:
+        """A run of parts of a large tensor, in one request, each opened as soon as it is there."""
+        (tensor,) = job.tensors
+        record, first = tensor.record, job.next
+        header = memoryview(bytearray(record.header_length if first == 0 else 0))
+        lengths = [len(header), *(_part_length(record, part) for part in range(first, job.stop))]
+        offset = record.data_offset + first * PART_BYTES - len(header)
+        buffer = header
+        started = time.monotonic()
+
+        def memory(number: int) -> memoryview:
+            nonlocal buffer
+            if number == 0:
+                return header
+            start = (first + number - 1) * PART_BYTES
+            if not self._encrypted:
+                buffer = tensor.view[start : start + lengths[number]]
+            elif self._apart or number == 1:
+                buffer = self._buffers.take()
+            return buffer[: lengths[number]]
+
+        def arrived(number: int) -> bool:
+            nonlocal started
+            if number == 0:
+                if header:
+                    self._take_header(tensor, header)
+                return not self._stopped.is_set()
+            count, part = lengths[number], first + number - 1
+            self._progress.stage("fetch", count, time.monotonic() - started)
+            if self._apart:
+                self._received.put((tensor, part, buffer, count))
             else:
-                mine = _take_whole_chunks(tensor, header.chunks)
-        if header.chunks is not None and mine:
-            assert self._key is not None
-            key = self._key.for_header(header)
+                self._open_part(tensor, part, buffer[:count])
             started = time.monotonic()
-            count = 0
-            for index in mine:
-                start, stop = header.chunks.chunk_bounds(index, tensor.record.length)
-                self._decrypt(tensor, header, key, index, start, stop)
-                count += stop - start
-            self._progress.stage("decrypt", count, time.monotonic() - started)
-            with tensor.lock:
-                tensor.ready += count
-        if tensor.ready == tensor.record.length and not tensor.done.is_set():
-            if self._options.verify_hashes:
-                verify_hashes(header, tensor.view)
-            tensor.done.set()
+            return self._schedule.passed(job) and not self._stopped.is_set()
 
-    def _decrypt(
-        self, tensor: _Pending, header: TensorHeader, key: bytes, index: int, start: int, stop: int
+        self._source.read_parts(offset, lengths, memory, arrived)
+        if self._encrypted and not self._apart:
+            self._buffers.give_back(buffer)
+
+    def _double(self) -> bool:
+        """Read what another connection is slow with a second time; whoever is first opens it."""
+        # What is plain goes straight to its place, where two must not write.
+        found = self._schedule.double(_DOUBLE_SECONDS) if self._encrypted else None
+        if found is None:
+            return False
+        tensor, part = found
+        record = tensor.record
+        if part == 0 and not tensor.header_known.is_set():
+            header = self._source.read(record.header_offset, record.header_length)
+            self._take_header(tensor, memoryview(header))
+        if tensor.header_known.is_set():
+            buffer = self._buffers.take()
+            data = buffer[: _part_length(record, part)]
+            self._source.read_into(record.data_offset + part * PART_BYTES, data)
+            self._open_part(tensor, part, data)
+            self._buffers.give_back(buffer)
+        return True
+
+    def _take_header(self, tensor: _Pending, data: memoryview) -> None:
+        record = tensor.record
+        tensor.header = parse_header(
+            record, data, encrypted=self._encrypted, source_name=self._source.name
+        )
+        chunks = tensor.header.chunks
+        if chunks is not None and record.length > BATCH_BYTES:
+            size = record.length if chunks.count == 1 else chunks.chunk_size
+            tensor.sealed = PART_BYTES % size != 0
+        if self._options.headers_sha256 is not None:
+            self._headers[record.header_offset] = bytes(data)
+        tensor.header_known.set()
+
+    def _open_part(self, tensor: _Pending, part: int, data: memoryview) -> None:
+        with tensor.lock:
+            if part in tensor.opened:
+                return  # the other connection was first
+            tensor.opened.add(part)
+        # The job with the header was given out before this one, and waits for nobody.
+        while not tensor.header_known.wait(0.1):
+            if self._stopped.is_set():
+                return
+        self._take(tensor, part * PART_BYTES, data)
+
+    def _take(self, tensor: _Pending, start: int, data: memoryview) -> None:
+        """What stands in the file from `start` of the tensor on, to its place, opened."""
+        header, length = tensor.header, tensor.record.length
+        assert header is not None
+        stop = start + len(data)
+        if header.chunks is None:
+            if length <= BATCH_BYTES:  # else it was received there
+                tensor.view[start:stop] = data
+        elif tensor.sealed:
+            tensor.view[start:stop] = data
+        else:
+            self._open_boxes(tensor, header, start, data, tensor.view[start:stop])
+        with tensor.lock:
+            tensor.left -= len(data)
+            if tensor.left:
+                return
+        if tensor.sealed:
+            self._open_boxes(tensor, header, 0, tensor.view, tensor.view)
+        if self._options.verify_hashes:
+            verify_hashes(header, tensor.view)
+        with self._free:
+            self._to_open -= 1
+        tensor.done.set()
+
+    def _open_boxes(
+        self,
+        tensor: _Pending,
+        header: TensorHeader,
+        start: int,
+        sealed: memoryview,
+        out: memoryview,
     ) -> None:
-        """Open one chunk in place; where its tag does not fit, read it once more first."""
-        chunk = tensor.view[start:stop]
+        """Open the chunks that `sealed` holds whole, which begins at `start` of the tensor."""
+        chunks, length = header.chunks, tensor.record.length
+        assert chunks is not None
+        began = time.monotonic()
+        size = length if chunks.count == 1 else chunks.chunk_size
+        for index in range(start // size, -(-(start + len(sealed)) // size)):
+            a, b = chunks.chunk_bounds(index, length)
+            box = slice(a - start, b - start)
+            self._open(tensor, header, index, sealed[box], out[box])
+        self._progress.stage("decrypt", len(sealed), time.monotonic() - began)
+
+    def _open(
+        self,
+        tensor: _Pending,
+        header: TensorHeader,
+        index: int,
+        sealed: memoryview,
+        out: memoryview,
+    ) -> None:
+        """Open one chunk; where its tag does not fit, read it once more first."""
+        assert self._key is not None
+        assert header.chunks is not None
+        key = self._key.for_header(header)
         try:
-            open_tensor_chunk(header, key, index, chunk, chunk)
+            open_tensor_chunk(header, key, index, sealed, out)
         except TagMismatchError:
             # Damaged on the wire, or at rest? libsodium checks before it writes.
             self._progress.retry("corrupt")
-            self._source.read_into(tensor.record.data_offset + start, chunk)
-            open_tensor_chunk(header, key, index, chunk, chunk)
+            start, _ = header.chunks.chunk_bounds(index, tensor.record.length)
+            self._source.read_into(tensor.record.data_offset + start, sealed)
+            open_tensor_chunk(header, key, index, sealed, out)
 
 
-def _take_whole_chunks(tensor: _Pending, chunks: ChunkedCipher) -> list[int]:
-    """Chunks whose bytes are all there and which no thread has taken yet."""
-    mine = []
-    for index in range(chunks.count):
-        if index in tensor.taken:
-            continue
-        start, stop = chunks.chunk_bounds(index, tensor.record.length)
-        if any(a <= start and stop <= b for a, b in tensor.spans):
-            tensor.taken.add(index)
-            mine.append(index)
-    return mine
+def _part_length(record: TensorRecord, part: int) -> int:
+    return min(PART_BYTES, record.length - part * PART_BYTES)
 
 
-def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: deque[tuple[int, int]] = deque()
-    for start, stop in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return list(merged)
+def _connections(source: Source, options: LoadOptions, progress: LoadProgress) -> Connections:
+    if options.connections is not None:
+        return Connections(options.connections, options.connections, progress.received_bytes)
+    if source.remote:
+        return Connections(REMOTE_START, REMOTE_MOST, progress.received_bytes)
+    return Connections(cores(), 4 * cores(), progress.received_bytes)
 
 
 def _shaped(record: TensorRecord, memory: torch.Tensor) -> torch.Tensor:

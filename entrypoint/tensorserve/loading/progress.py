@@ -16,6 +16,7 @@ class LoadProgress:
         self._seconds: dict[str, float] = defaultdict(float)
         self._retries: Counter[str] = Counter()
         self._requests = 0
+        self._received = 0
 
     def stage(self, name: str, count: int, seconds: float) -> None:
         """`count` bytes went through fetch, decrypt or copy; it took `seconds` of a thread."""
@@ -35,6 +36,12 @@ class LoadProgress:
 
     def received(self, count: int) -> None:
         """Payload bytes off the wire, retries included; `fetch` counts what is kept instead."""
+        with self._lock:
+            self._received += count
+
+    def received_bytes(self) -> int:
+        """All of them."""
+        return self._received
 
     def snapshot(self) -> dict[str, Any]:
         """The fields of a `load_progress` event, cumulative."""

@@ -1,76 +1,145 @@
-"""In which pieces a .tensors file is read: ranges in file order, each decrypted on its own."""
+"""In which pieces is a .tensors file read: which job does a free connection get next?
+
+Jobs are taken in file order. A large tensor is cut into parts of 2 MiB, and a job is a run of
+them; small neighbours are one job. Towards the end jobs get shorter, and a free connection takes
+the rest of another's job: one slow connection delays nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from tensorserve.format import TensorRecord
 
-# A range large enough that a request's latency is small beside it (8 MiB at S3's 90 MB/s a
-# connection take 90 ms), and small enough that many connections share one tensor.
-# A multiple of tensorizer's 2 MiB cipher chunks, so that whole chunks arrive together.
-RANGE_BYTES = 8 * 1024**2
+# tensorizer's cipher chunks have this size, so that a part can be opened when it is there.
+PART_BYTES = 2 * 1024**2
+# A request's latency is small beside it (8 MiB at S3's 90 MB/s a connection take 90 ms).
+JOB_PARTS = 4
+# Not less: what is left of a slow one's job is taken by others (`steal`).
+_LEAST_PARTS = 2
+# A job with one part to come is left alone for so long: a second request costs more than it saves.
+_PATIENCE = 0.5
 # Smaller neighbours are read in one request.
 BATCH_BYTES = 4 * 1024**2
+_BATCH_GAP = 64 * 1024
+
+Target = TypeVar("Target")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes [start, stop) of one tensor's data; the first piece brings the header too."""
+@dataclass(eq=False, slots=True)
+class Job(Generic[Target]):
+    """What one connection does: parts [`next`, `stop`) of one tensor, or a batch of whole ones."""
 
-    record: TensorRecord
-    start: int
-    stop: int
-
-    @property
-    def file_start(self) -> int:
-        """Where the piece begins in the file."""
-        return (
-            self.record.header_offset if self.start == 0 else self.record.data_offset + self.start
-        )
-
-    @property
-    def file_stop(self) -> int:
-        """Where it ends."""
-        return self.record.data_offset + self.stop
+    tensors: tuple[Target, ...]
+    next: int = 0
+    stop: int = 0
+    batch: bool = False
+    began: float = field(default_factory=time.monotonic)
+    """When the part that is on its way was begun; monotonic seconds."""
+    doubled: bool = False
+    """Whether another connection reads the part on its way as well."""
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """One request: neighbouring pieces, read together."""
+class Schedule(Generic[Target]):
+    """Gives out jobs. Thread-safe.
 
-    pieces: tuple[Piece, ...]
+    `admit` makes of tensors, in file order, what the jobs name as their targets; it may block.
+    """
 
-    @property
-    def offset(self) -> int:
-        """First byte in the file."""
-        return self.pieces[0].file_start
+    def __init__(
+        self,
+        records: Iterable[TensorRecord],
+        admit: Callable[[tuple[TensorRecord, ...]], tuple[Target, ...]],
+    ) -> None:
+        self._todo = deque(records)
+        self._bytes_left = sum(record.length for record in self._todo)
+        self._admit = admit
+        self._claiming = threading.Lock()
+        self._lock = threading.Lock()
+        self._running: list[Job[Target]] = []
+        self._cut: tuple[tuple[Target, ...], int] | None = None
+        """Of the first tensor in _todo, where it is begun: its target, and the next part."""
 
-    @property
-    def length(self) -> int:
-        """Bytes to read."""
-        return self.pieces[-1].file_stop - self.offset
+    def claim(self, connections: int) -> Job[Target] | None:
+        """The next job where `connections` share the work; None when all is given out."""
+        with self._claiming:
+            if not self._todo:
+                return None
+            record = self._todo[0]
+            if record.length <= BATCH_BYTES:
+                return self._begin(Job(self._admit(self._batch()), batch=True))
+            target, part = self._cut or (self._admit((record,)), 0)
+            parts = -(-record.length // PART_BYTES)
+            # At the end each connection gets its share, so that none is left alone with a long job.
+            share = self._bytes_left // (connections * PART_BYTES)
+            stop = min(parts, part + max(_LEAST_PARTS, min(JOB_PARTS, share)))
+            self._bytes_left -= (stop - part) * PART_BYTES
+            self._cut = (target, stop)
+            if stop == parts:
+                self._todo.popleft()
+                self._cut = None
+            return self._begin(Job(target, part, stop))
 
+    def steal(self) -> Job[Target] | None:
+        """The last parts of a job that has not come to them: half of what the longest has left."""
+        with self._lock:
+            victim = max(self._running, key=lambda j: j.stop - j.next, default=None)
+            # The part at `next` is on its way.
+            left = victim.stop - victim.next - 1 if victim is not None else 0
+            if victim is None or left < 1:
+                return None
+            if left == 1 and time.monotonic() - victim.began < _PATIENCE:
+                return None
+            middle = victim.stop - (left + 1) // 2
+            job = Job(victim.tensors, middle, victim.stop)
+            victim.stop = middle
+            self._running.append(job)
+            return job
 
-def ranges(records: Iterable[TensorRecord], range_bytes: int = RANGE_BYTES) -> Iterator[Range]:
-    """The requests that read `records` (in file order), each tensor's pieces in order."""
-    batch: list[Piece] = []
-    for record in records:
-        if record.length > BATCH_BYTES:
-            if batch:
-                yield Range(tuple(batch))
-                batch = []
-            for start in range(0, record.length, range_bytes):
-                stop = min(start + range_bytes, record.length)
-                yield Range((Piece(record, start, stop),))
-            continue
-        if batch and (
-            record.data_offset + record.length - batch[0].file_start > BATCH_BYTES
-            or record.header_offset - batch[-1].file_stop > 64 * 1024
-        ):
-            yield Range(tuple(batch))
-            batch = []
-        batch.append(Piece(record, 0, record.length))
-    if batch:
-        yield Range(tuple(batch))
+    def double(self, older_than: float) -> tuple[Target, int] | None:
+        """A part that has been on its way for that many seconds, to be read a second time."""
+        now = time.monotonic()
+        with self._lock:
+            for job in self._running:
+                if not job.batch and not job.doubled and now - job.began > older_than:
+                    job.doubled = True
+                    return job.tensors[0], job.next
+        return None
+
+    def passed(self, job: Job[Target]) -> bool:
+        """The part at `job.next` has arrived; False where the rest of the job is another's."""
+        with self._lock:
+            job.next += 1
+            job.began = time.monotonic()
+            job.doubled = False
+            return job.next < job.stop
+
+    def end(self, job: Job[Target]) -> None:
+        """The job's connection is done with it."""
+        with self._lock:
+            self._running.remove(job)
+
+    def _begin(self, job: Job[Target]) -> Job[Target]:
+        with self._lock:
+            self._running.append(job)
+        return job
+
+    def _batch(self) -> tuple[TensorRecord, ...]:
+        first = self._todo.popleft()
+        batch = [first]
+        self._bytes_left -= first.length
+        while self._todo:
+            record = self._todo[0]
+            if (
+                record.end - first.header_offset > BATCH_BYTES
+                or record.header_offset - batch[-1].end > _BATCH_GAP
+            ):
+                break
+            self._bytes_left -= record.length
+            batch.append(self._todo.popleft())
+        return tuple(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,9 +25,25 @@ class Source(Protocol):
     """Bytes."""
     version: str | None
     """What pins the object (a strong ETag, a file's identity); None if the server gives nothing."""
+    remote: bool
+    """Whether requests take time on the way, so that many at once help."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` wholly from `offset`, or raise one of our errors."""
+
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        """Read neighbouring parts of `lengths` bytes from `offset` on, in one go and in order.
+
+        `memory(i)` is asked for when part i begins, and may wait. `on_part(i)` is called, in this
+        thread, as soon as it is full, so that it can be used while the rest is on its way; where it
+        returns False, the rest is left unread.
+        """
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`."""

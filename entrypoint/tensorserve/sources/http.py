@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
@@ -21,8 +21,9 @@ from tensorserve.errors import (
 from tensorserve.secret import redact_uri
 from tensorserve.sources.addresses import host_and_port, refuse_metadata
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, RetryPolicy, Unobserved
+from tensorserve.sources.parts import Filling, go_on
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
-from tensorserve.sources.wire import Closing, as_passing, read_error_body, read_some
+from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
 
 # Read at open: enough for the header and the index's length, and often for a whole small file.
 HEAD_BYTES = 64 * 1024
@@ -56,6 +57,8 @@ class Signer(Protocol):
 
 class HttpSource:
     """One object behind an HTTP(S) URL."""
+
+    remote = True
 
     def __init__(
         self,
@@ -99,25 +102,32 @@ class HttpSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; resumes where a connection broke, bound to one version."""
-        if offset < 0 or offset + len(buffer) > self.size:
+        self.read_parts(offset, [len(buffer)], lambda _: buffer, go_on)
+
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        """As `read_into`, for neighbouring parts in one request; see `Source`."""
+        filling = Filling(lengths, memory, on_part)
+        stop = offset + filling.length
+        if offset < 0 or stop > self.size:
             raise CorruptError(
-                f"{self.name}: bytes {offset} to {offset + len(buffer)} are beyond its end "
-                f"({self.size} bytes)."
+                f"{self.name}: bytes {offset} to {stop} are beyond its end ({self.size} bytes)."
             )
-        if offset + len(buffer) <= len(self._head):
-            buffer[:] = self._head[offset : offset + len(buffer)]
+        if stop <= len(self._head):
+            filling.take(self._head[offset:stop])
             return
-        done = 0
         attempts = Attempts(self._policy, self._observer, self.name)
-        while done < len(buffer):
+        while not filling.finished:
             try:
                 try:
-                    done += self._attempt(offset + done, buffer[done:], attempts)
+                    self._attempt(offset + filling.done, stop, filling, attempts)
                 except _Refused as refused:
                     self._renew(refused, attempts)
-            except _Broken as broken:
-                done += broken.done
-                attempts.failed(broken.cause)
             except TryAgain as cause:
                 attempts.failed(cause)
 
@@ -142,8 +152,6 @@ class HttpSource:
                 with Closing(response):
                     self._learn(response, attempts)
                 return
-            except _Broken as broken:
-                attempts.failed(broken.cause)
             except TryAgain as cause:
                 attempts.failed(cause)
 
@@ -173,11 +181,11 @@ class HttpSource:
         # A weak ETag does not promise equal bytes (RFC 9110, 8.8.1).
         self.version = self._etag if self._has_strong_etag() else self._modified
         head = bytearray(count)
-        self._receive(response, memoryview(head), attempts)
+        self._receive(response, Filling.of(memoryview(head)), attempts)
         self._head = bytes(head)
 
-    def _attempt(self, offset: int, buffer: memoryview, attempts: Attempts) -> int:
-        response = self._request(offset, offset + len(buffer) - 1, pinned=True)
+    def _attempt(self, offset: int, stop: int, filling: Filling, attempts: Attempts) -> None:
+        response = self._request(offset, stop - 1, pinned=True)
         with Closing(response):
             if response.status != 206:
                 raise SourceUnavailableError(
@@ -188,36 +196,45 @@ class HttpSource:
             first, last, size = self._content_range(response)
             if size != self.size:
                 raise self._replaced()
-            if (first, last) != (offset, offset + len(buffer) - 1):
+            if (first, last) != (offset, stop - 1):
                 raise TryAgain("wrong_range", "the server sent another range than was asked for")
             self._same_version(response)
-            return self._receive(response, buffer, attempts)
+            self._receive(response, filling, attempts)
 
     def _receive(
-        self, response: urllib3.BaseHTTPResponse, buffer: memoryview, attempts: Attempts
-    ) -> int:
-        """The body into `buffer`; _Broken says how much of it came before a failure."""
-        done = 0
+        self, response: urllib3.BaseHTTPResponse, filling: Filling, attempts: Attempts
+    ) -> None:
+        """The body into `filling`, which knows how much of it came before a TryAgain."""
+        body = Body(response, self._policy.stall_timeout)
         window_start, window_bytes = time.monotonic(), 0
-        try:
-            while done < len(buffer):
-                count = read_some(response, buffer[done : done + _STEP])
-                if not count:
-                    raise TryAgain("short_body", "the connection ended before the range did")
-                done += count
-                self._observer.received(count)
-                attempts.progressed(count)
-                window_bytes += count
-                elapsed = time.monotonic() - window_start
-                if elapsed >= self._policy.stall_timeout:
-                    if window_bytes < self._policy.minimum_rate * elapsed and done < len(buffer):
-                        raise TryAgain("stall", "the connection brings next to nothing")
-                    window_start, window_bytes = time.monotonic(), 0
-        except TryAgain as cause:
-            raise _Broken(done, cause) from cause
-        except (HTTPError, OSError) as error:
-            raise _Broken(done, self._as_passing(error, response.url or self._url)) from error
-        return done
+        while not filling.finished:
+            # Outside the watchdog's window: waiting for memory is not the network's fault, nor what
+            # is done with a full part.
+            started = time.monotonic()
+            wanted = filling.wanted
+            window_start += time.monotonic() - started
+            try:
+                count = body.fill(wanted)
+            except (HTTPError, OSError) as error:
+                raise self._as_passing(error, response.url or self._url) from error
+            if not count:
+                raise TryAgain("short_body", "the connection ended before the range did")
+            self._observer.received(count)
+            attempts.progressed(count)
+            window_bytes += count
+            now = time.monotonic()
+            elapsed = now - window_start
+            slow = elapsed >= self._policy.stall_timeout and (
+                window_bytes < self._policy.minimum_rate * elapsed
+            )
+            last = filling.ends_with(count)
+            filling.add(count)
+            if slow and not last:
+                raise TryAgain("stall", "the connection brings next to nothing")
+            if elapsed >= self._policy.stall_timeout:
+                window_start, window_bytes = time.monotonic(), 0
+            else:
+                window_start += time.monotonic() - now
 
     def _request(self, first: int, last: int, *, pinned: bool) -> urllib3.BaseHTTPResponse:
         """A GET of bytes [first, last], redirects followed. TryAgain for what may pass."""
@@ -357,15 +374,6 @@ class HttpSource:
 
     def _as_passing(self, error: HTTPError | OSError, url: str) -> TryAgain:
         return as_passing(error, url, self.name, self._policy.stall_timeout)
-
-
-class _Broken(Exception):
-    """An attempt that failed after `done` bytes."""
-
-    def __init__(self, done: int, cause: TryAgain) -> None:
-        super().__init__(cause.message)
-        self.done = done
-        self.cause = cause
 
 
 class _Refused(Exception):

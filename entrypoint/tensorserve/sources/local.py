@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,10 +15,13 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.sources.base import FetchObserver, NotFoundError, Unobserved
+from tensorserve.sources.parts import Filling, go_on
 
 
 class LocalSource:
     """One file. Its identity is checked at every read: a file that changes is not a version."""
+
+    remote = False
 
     def __init__(self, path: Path, observer: FetchObserver | None = None) -> None:
         self.name = str(path)
@@ -45,32 +48,43 @@ class LocalSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. Raises CorruptError if the file changed or is too short."""
-        if offset < 0 or offset + len(buffer) > self.size:
+        self.read_parts(offset, [len(buffer)], lambda _: buffer, go_on)
+
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        """As `read_into`, for neighbouring parts; see `Source`."""
+        filling = Filling(lengths, memory, on_part)
+        stop = offset + filling.length
+        if offset < 0 or stop > self.size:
             raise CorruptError(
-                f"{self.name}: bytes {offset} to {offset + len(buffer)} are beyond its end "
-                f"({self.size} bytes)."
+                f"{self.name}: bytes {offset} to {stop} are beyond its end ({self.size} bytes)."
             )
         self._observer.request()
-        done = 0
-        while done < len(buffer):
+        while not filling.finished:
+            wanted = filling.wanted
             try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = os.preadv(self._fd, [wanted], offset + filling.done)
             except OSError as error:
-                if error.errno == errno.EINTR:
-                    continue
                 raise SourceUnavailableError(f"{self.name}: {error.strerror}.") from error
             if not count:
                 raise CorruptError(
-                    f"{self.name} ends at byte {offset + done}; {self.size} were there at first.",
+                    f"{self.name} ends at byte {offset + filling.done}; {self.size} were there at "
+                    "first.",
                     hint="The file was truncated while it was read. Start again.",
                 )
-            done += count
             self._observer.received(count)
-        if _identity(os.fstat(self._fd)) != self.version:
-            raise CorruptError(
-                f"{self.name} was changed while it was read.",
-                hint="Start again; put new models under a new name instead of over an old one.",
-            )
+            # Before the part is used: a change that came before it was read is seen here.
+            if count == len(wanted) and _identity(os.fstat(self._fd)) != self.version:
+                raise CorruptError(
+                    f"{self.name} was changed while it was read.",
+                    hint="Start again; put new models under a new name instead of over an old one.",
+                )
+            filling.add(count)
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`."""

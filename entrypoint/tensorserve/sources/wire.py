@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 import time
 from http.client import HTTPResponse
 from urllib.parse import urlsplit
@@ -24,6 +26,9 @@ from tensorserve.sources.retry import TryAgain
 
 # Of an error document; S3's are a few hundred bytes.
 MAX_ERROR_BODY = 64 * 1024
+# Received in one call: large enough that Python's share is small, small enough that the rate of a
+# slow connection (10 MB/s: 25 ms) can be seen from outside.
+_AT_ONCE = 256 * 1024
 
 
 class Closing:
@@ -42,26 +47,73 @@ class Closing:
         self._response.release_conn()
 
 
-def read_some(response: urllib3.BaseHTTPResponse, buffer: memoryview) -> int:
-    """What has arrived, straight from the socket into `buffer`, without waiting for all of it.
+class Body:
+    """The body of one response, read straight into the caller's memory.
 
     urllib3's readinto makes a copy, and http.client's waits until the buffer is full: a stall would
-    lose what came before it, and a trickle would never be seen. So: one read of the socket's file,
-    and http.client's own count kept right, by which it knows when the connection is free again.
-    Returns 0 at the end. Raises urllib3's errors and OSError.
+    lose what came before it, and a trickle would never be seen. So the socket is read here, and
+    http.client's own count kept right, by which it knows when the connection is free again.
     """
-    raw = getattr(response, "_fp", None)
-    if not isinstance(raw, HTTPResponse) or raw.chunked or raw.length is None:
-        data = response.read1(len(buffer), decode_content=False)
-        buffer[: len(data)] = data
-        return len(data)
-    if raw.fp is None or not raw.length:
-        return 0
-    count = raw.fp.readinto1(buffer[: raw.length])
-    raw.length -= count
-    if not raw.length or not count:
-        raw.close()  # frees the connection for the next request
-    return int(count)
+
+    def __init__(self, response: urllib3.BaseHTTPResponse, seconds: float) -> None:
+        """`seconds`: `fill` returns after them with what has come."""
+        self._response = response
+        self._seconds = seconds
+        raw = getattr(response, "_fp", None)
+        counted = isinstance(raw, HTTPResponse) and not raw.chunked and raw.length is not None
+        self._raw: HTTPResponse | None = raw if counted else None
+        self._socket: socket.socket | None = None
+
+    def fill(self, buffer: memoryview) -> int:
+        """Fill `buffer` as far as the body goes, or time; gives the bytes, 0 at the end.
+
+        Raises urllib3's errors and OSError.
+        """
+        raw = self._raw
+        if raw is None:
+            data = self._response.read1(len(buffer), decode_content=False)
+            buffer[: len(data)] = data
+            return len(data)
+        if raw.fp is None or not raw.length:
+            return 0
+        wanted = buffer[: raw.length]
+        if self._socket is not None:
+            count = self._receive(self._socket, wanted)
+        else:
+            count = raw.fp.readinto1(wanted)
+            if count < len(wanted):
+                # What came along with the header is used up: from here on it is the socket alone.
+                self._socket = _plain_socket(raw, self._seconds)
+        raw.length -= count
+        if not raw.length or not count:
+            raw.close()  # frees the connection for the next request
+        return int(count)
+
+    def _receive(self, plain: socket.socket, wanted: memoryview) -> int:
+        # The kernel waits for all of it: one call for many packets, instead of one, with Python's
+        # lock, for each. SO_RCVTIMEO ends it with what has come.
+        count = min(len(wanted), _AT_ONCE)
+        try:
+            return plain.recv_into(wanted, count, socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            raise TimeoutError("nothing came in time") from error
+
+
+def _plain_socket(raw: HTTPResponse, seconds: float) -> socket.socket | None:
+    """The socket below a response, set to wait in the kernel; None for TLS."""
+    plain = getattr(getattr(raw.fp, "raw", None), "_sock", None)
+    if type(plain) is not socket.socket:
+        return None
+    whole = int(seconds)
+    plain.setsockopt(
+        socket.SOL_SOCKET,
+        socket.SO_RCVTIMEO,
+        struct.pack("@ll", whole, int((seconds - whole) * 1e6) + 1),
+    )
+    # Python's own timeout would make the socket non-blocking. urllib3 sets it again for the next
+    # request on this connection.
+    plain.settimeout(None)
+    return plain
 
 
 def read_error_body(response: urllib3.BaseHTTPResponse, seconds: float) -> bytes:
@@ -75,8 +127,9 @@ def read_error_body(response: urllib3.BaseHTTPResponse, seconds: float) -> bytes
     whole = int(promised) if promised.isdecimal() and len(promised) < 19 else 0
     done = 0
     until = time.monotonic() + seconds
+    text = Body(response, seconds)
     while done < len(body):
-        count = read_some(response, view[done:])
+        count = text.fill(view[done:])
         if not count:
             break
         done += count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,16 +12,20 @@ import torch
 from tensorizer import EncryptionParams, TensorSerializer
 
 from tensorserve.errors import CorruptError, SourceUnavailableError
-from tensorserve.format import FileKey, read_index
+from tensorserve.format import FileKey, read_header, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-from tensorserve.loading.schedule import BATCH_BYTES, RANGE_BYTES, ranges
+from tensorserve.loading.schedule import BATCH_BYTES, JOB_PARTS, PART_BYTES
+from tensorserve.sources.parts import Filling
 
 MIB = 1024**2
+JOB_BYTES = JOB_PARTS * PART_BYTES
 
 
 class MemorySource:
-    """A source over bytes; `trouble` may spoil what is read."""
+    """A source over bytes; `spoil` and `fail_at` make trouble."""
+
+    remote = True
 
     def __init__(self, data: bytes) -> None:
         self.name, self.size, self.version = "memory", len(data), None
@@ -38,6 +44,19 @@ class MemorySource:
                 self.spoil[place] -= 1
                 buffer[place - offset] ^= 1
 
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        filling = Filling(lengths, memory, on_part)
+        while not filling.finished:
+            wanted = filling.wanted
+            self.read_into(offset + filling.done, wanted)
+            filling.add(len(wanted))
+
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
         self.read_into(offset, memoryview(data))
@@ -52,8 +71,8 @@ def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = {
         "one": 1, "odd": 1001, "chunk": 2 * MIB, "chunk_and_one": 2 * MIB + 1,
-        "batch": BATCH_BYTES, "batch_and_one": BATCH_BYTES + 1, "range": RANGE_BYTES,
-        "ranges": 2 * RANGE_BYTES + 3 * MIB + 17, "last": 3,
+        "batch": BATCH_BYTES, "batch_and_one": BATCH_BYTES + 1, "range": JOB_BYTES,
+        "ranges": 2 * JOB_BYTES + 3 * MIB + 17, "last": 3,
     }  # fmt: skip
     made = {
         name: torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
@@ -137,7 +156,7 @@ def test_a_chunk_damaged_on_the_wire_is_read_once_more(
     """F8: one flipped bit in flight costs one small read, not the start."""
     source = MemorySource(encrypted)
     record = next(r for r in read_index(source).tensors if r.name == "ranges")
-    source.spoil = {record.data_offset + RANGE_BYTES + 5: 1}
+    source.spoil = {record.data_offset + JOB_BYTES + 5: 1}
     found, progress = streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
     assert torch.equal(found["ranges"], tensors["ranges"])
     assert progress.snapshot()["retries"] == {"corrupt": 1}
@@ -190,20 +209,6 @@ def test_a_consumer_that_stops_early_leaves_no_thread(encrypted: bytes) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("tensorserve-load")]
 
 
-def test_ranges_cover_every_tensor_once_and_in_order(encrypted: bytes) -> None:
-    """Every byte of every tensor is in one piece, headers with the first."""
-    records = read_index(MemorySource(encrypted)).tensors
-    covered: dict[str, int] = {}
-    last = 0
-    for one in ranges(records):
-        assert one.offset >= last
-        last = one.offset + one.length
-        for piece in one.pieces:
-            assert covered.get(piece.record.name, 0) == piece.start
-            covered[piece.record.name] = piece.stop
-    assert covered == {r.name: r.length for r in records}
-
-
 def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:
     """Nothing is read for it, and its shape is kept."""
     path = tmp_path / "model.tensors"
@@ -213,3 +218,56 @@ def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:
     found, _ = streamed(MemorySource(path.read_bytes()), LoadOptions(connections=2), None)
     assert found["empty"].shape == (0, 4)
     assert torch.equal(found["full"], torch.ones(2))
+
+
+def test_tensors_are_filled_where_they_belong(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """`place` names a tensor's final memory: no copy is made of it."""
+    homes = {
+        name: torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8)
+        for name, tensor in tensors.items()
+    }
+    source = MemorySource(encrypted)
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(connections=3),
+        progress=LoadProgress(),
+        place=lambda record: homes[record.name],
+    ) as stream:
+        for record, tensor in stream:
+            assert tensor.data_ptr() == homes[record.name].data_ptr()
+            assert torch.equal(tensor, tensors[record.name])
+
+
+def test_headers_that_are_not_the_manifests_are_refused(encrypted: bytes) -> None:
+    """A tensor may be exchanged for another of the same shape, sealed with the same key."""
+    source = MemorySource(encrypted)
+    headers = b"".join(
+        encrypted[r.header_offset : r.data_offset] for r in read_index(source).tensors
+    )
+    right = LoadOptions(connections=3, headers_sha256=hashlib.sha256(headers).hexdigest())
+    streamed(source, right, GivenKey(KEY, "test"))
+    wrong = LoadOptions(connections=3, headers_sha256=hashlib.sha256(b"x").hexdigest())
+    with pytest.raises(CorruptError, match="not those of the manifest"):
+        streamed(source, wrong, GivenKey(KEY, "test"))
+
+
+@pytest.mark.parametrize("chunk", [3 * MIB, 16 * MIB, 64 * 1024])
+def test_chunks_that_are_not_cut_as_our_parts_are(tmp_path: Path, chunk: int) -> None:
+    """Of 3 MiB, or one around all: opened when all is there. Smaller ones: many in a part."""
+    data = torch.randint(0, 256, (9 * MIB,), dtype=torch.uint8)
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+    serializer._crypt_chunk_size = chunk  # the format can say any; tensorizer writes 2 MiB
+    serializer.write_state_dict({"weight": data})
+    serializer.close()
+    source = MemorySource(path.read_bytes())
+    header = read_header(source, read_index(source).tensors[0], read_index(source))
+    assert header.chunks is not None
+    assert header.chunks.count == -(-len(data) // chunk)
+    found, _ = streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
+    assert torch.equal(found["weight"], data)

@@ -1,0 +1,68 @@
+"""The number of connections finds what the link gives, on links that are written down here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tensorserve.loading.connections import Connections
+
+MB = 1e6
+
+
+class Link:
+    """A link whose rate depends on the number of connections; its own clock."""
+
+    def __init__(self, rate: Callable[[int], float]) -> None:
+        self.rate = rate
+        self.now = 0.0
+        self.bytes = 0.0
+        self.connections = Connections(16, 256, lambda: int(self.bytes), clock=lambda: self.now)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            pause = self.connections.step()
+            assert pause > 0
+            self.now += pause
+            self.bytes += pause * self.rate(self.connections.target)
+
+
+@pytest.mark.parametrize(
+    ("rate", "least", "most"),
+    [
+        pytest.param(lambda n: min(n * 10, 470) * MB, 32, 128, id="a limit per connection"),
+        pytest.param(lambda n: n * 10 * MB, 256, 256, id="only a limit per connection"),
+        pytest.param(lambda _: 900 * MB, 16, 32, id="one connection is enough"),
+        pytest.param(lambda n: (1000 if n <= 16 else 500) * MB, 16, 32, id="too many hurt"),
+    ],
+)
+def test_it_finds_what_helps(rate: Callable[[int], float], least: int, most: int) -> None:
+    """Within two seconds, and it stays there."""
+    link = Link(rate)
+    link.run(2)
+    assert least <= link.connections.target <= most
+    visited = []
+    for _ in range(40):
+        link.run(0.1)
+        visited.append(link.connections.target)
+    assert sum(least <= n <= most for n in visited) > 30
+
+
+def test_it_follows_a_link_that_becomes_faster() -> None:
+    """A step is tried again every few seconds."""
+    link = Link(lambda _: 100 * MB)
+    link.run(2)
+    assert link.connections.target <= 32
+    link.rate = lambda n: n * 10 * MB
+    link.run(30)
+    assert link.connections.target == 256
+
+
+def test_a_number_that_was_asked_for_is_kept() -> None:
+    """TENSORSERVE_FETCH_CONNECTIONS."""
+    connections = Connections(5, 5, lambda: 0)
+    for _ in range(10):
+        connections.step()
+        assert connections.target == 5
