@@ -15,6 +15,7 @@ from tensorserve.artifacts import fetch_artifacts
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.opening import access_for
 from tensorserve.plan import LaunchPlan, make_plan
+from tensorserve.prefetching import start_prefetch
 from tensorserve.preflight import Weights, prepare_state_dir, run_checks
 from tensorserve.secret import Secret
 from tensorserve.settings import HANDOFF_VARIABLE
@@ -45,7 +46,8 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
             remote_code="--trust-remote-code" in plan.argv,
         )
         log.emit("phase", phase="artifacts", state="end")
-        reference = publish_start(environ, settings, start.arguments, weights.shards)
+        prefetched = start_prefetch(settings, weights.shards, plan.tensor_parallel_size, log)
+        reference = publish_start(environ, settings, start.arguments, weights.shards, prefetched)
         log.emit("phase", phase="import", state="begin")
         become_vllm(plan, settings.state_dir, reference)
     except TensorserveError as error:

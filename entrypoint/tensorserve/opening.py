@@ -10,9 +10,7 @@ from tensorserve.format import FileIndex, FileKey, read_index
 from tensorserve.keys import parse_key, parse_passphrase, prove_key
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, RetryPolicy, S3Access, Source
-
-# Where the user names no number: enough for a high-latency link without costing a local one.
-DEFAULT_CONNECTIONS = 16
+from tensorserve.sources.base import MOST_CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def access_for(settings: Settings) -> Access:
         ),
         policy=RetryPolicy(deadline=settings.fetch_deadline),
         allowed_hosts=frozenset(settings.allowed_hosts),
-        connections=settings.fetch_connections or DEFAULT_CONNECTIONS,
+        connections=settings.fetch_connections or MOST_CONNECTIONS,
     )
 
 

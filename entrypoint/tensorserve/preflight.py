@@ -177,12 +177,18 @@ def check_source(
             opened.append(
                 open_tensors(sources.join(plan.bundle_uri, name), access, key, observer=observer)
             )
-        weights.shards = tuple(
-            Shard(sources.join(plan.bundle_uri, name), o.source.version, o.source.size)
-            for name, o in zip(plan.shards(template), opened, strict=True)
-        )
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
         weights.manifest = read_manifest(plan.bundle_uri, access)
+        vouched = weights.manifest.tensors_files if weights.manifest else {}
+        weights.shards = tuple(
+            Shard(
+                sources.join(plan.bundle_uri, name),
+                o.source.version,
+                o.source.size,
+                vouched[name].headers_sha256 if name in vouched else None,
+            )
+            for name, o in zip(plan.shards(template), opened, strict=True)
+        )
         for name, one in zip(plan.shards(template), opened, strict=True):
             # Another file may stand beside a bundle's own, and be named in the URI.
             if weights.manifest and (

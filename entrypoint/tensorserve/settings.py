@@ -67,6 +67,7 @@ class Settings:
     fetch_connections: int | None
     fetch_deadline: float
     host_memory_limit: int
+    prefetch: str
     verify: str
     allowed_hosts: tuple[str, ...]
     engine_restarts: int

@@ -5,6 +5,7 @@ It is handed from parent to child in memory (`tensorserve.handoff`), secrets inc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -20,6 +21,8 @@ class Shard:
     version: str | None
     """What pins the object; the loader refuses another one."""
     size: int
+    headers_sha256: str | None = None
+    """Of all tensors' headers, where a manifest vouches for it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Start:
     settings: Settings
     arguments: tuple[str, ...]
     shards: tuple[Shard, ...]
+    processors: frozenset[int] = frozenset()
+    """That this container may use; vLLM binds its workers to some of them."""
+    prefetched: str | None = None
+    """Where the memory is into which the weights are fetched ahead."""
 
     def shard(self, rank: int) -> Shard:
         """The file that `rank` reads: its own, or the one that all ranks share."""
@@ -40,6 +47,7 @@ def publish_start(
     settings: Settings,
     arguments: tuple[str, ...],
     shards: tuple[Shard, ...] = (),
+    prefetched: str | None = None,
 ) -> str:
     """Leave a start for child processes; the reference goes into `HANDOFF_VARIABLE`."""
     environment, origins = handed_over(environ, settings)
@@ -49,6 +57,8 @@ def publish_start(
             "origins": origins,
             "arguments": list(arguments),
             "shards": [asdict(shard) for shard in shards],
+            "processors": sorted(os.sched_getaffinity(0)),
+            "prefetched": prefetched,
         }
     )
 
@@ -60,6 +70,8 @@ def receive_start(environ: Mapping[str, str]) -> Start:
         settings=Settings.from_environment(payload["environment"], payload["origins"]),
         arguments=tuple(payload["arguments"]),
         shards=tuple(Shard(**shard) for shard in payload["shards"]),
+        processors=frozenset(payload["processors"]),
+        prefetched=payload["prefetched"],
     )
 
 

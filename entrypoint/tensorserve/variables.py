@@ -193,6 +193,12 @@ VARIABLES: tuple[Variable, ...] = (
         shown_default="1GiB",
     ),
     Variable(
+        "TENSORSERVE_PREFETCH", "prefetch", _choice("auto", "off"), "auto",
+        "Whether weights behind a network are fetched into memory (half of the limit above, still "
+        "sealed) while vLLM imports.",
+        "`auto`, `off`",
+    ),
+    Variable(
         "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes"), "auto",
         "`auto` authenticates every encrypted chunk; `hashes` also checks every tensor's hash.",
         "`auto`, `hashes`",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,8 +24,11 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
-from tensorserve.opening import DEFAULT_CONNECTIONS, OpenTensors, access_for, key_for, open_tensors
+from tensorserve.loading.prefetch import PrefetchedSource, SharedBlocks
+from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
+from tensorserve.prefetching import prefetch_budget
 from tensorserve.settings import Settings
+from tensorserve.sources import Source
 from tensorserve.start import Start, receive_start
 from tensorserve.telemetry import EventLog, events_path
 
@@ -84,10 +88,12 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 bytes=sum(r.length for r in records),
                 tensors=len(records),
             )
-            tensors = self._stream(opened, records)
             if is_vllm_layout(opened.index):
+                targets = model.state_dict(keep_vars=True)
+                tensors = self._stream(opened, records, lambda record: home(targets, record))
                 copy_in_place(model, tensors)
             else:
+                tensors = self._stream(opened, records)
                 # Every vLLM model has it; torch's Module does not know.
                 loaded: set[str] | None = model.load_weights(tensors)  # type: ignore[operator]
                 if model_config.quantization is None and loaded is not None:
@@ -131,24 +137,49 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             observer=self._progress,
             version=shard.version,
         )
+        source = self._prefetched(opened.source)
         try:
-            yield opened
+            yield replace(opened, source=source)
         finally:
-            opened.source.close()
+            source.close()
+
+    def _prefetched(self, source: Source) -> Source:
+        """`source`, with what was fetched ahead of it; as it is, where that is gone or another."""
+        path = self._start.prefetched
+        if path is None:
+            return source
+        try:
+            shared = SharedBlocks(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except (OSError, ValueError):
+            return source
+        return (
+            PrefetchedSource(source, shared, self._rank, self._progress)
+            if shared.fits(source)
+            else source
+        )
 
     def _in_vllm_layout(self) -> bool:
         with self._open() as opened:
             return is_vllm_layout(opened.index)
 
     def _stream(
-        self, opened: OpenTensors, records: list[TensorRecord]
+        self,
+        opened: OpenTensors,
+        records: list[TensorRecord],
+        place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for vLLM, with progress in the event log. `copy` is vLLM's time."""
         settings: Settings = self._start.settings
+        limit = settings.host_memory_limit
+        if self._start.prefetched is not None:
+            limit -= prefetch_budget(settings)
+        shard = self._start.shard(self._rank)
         options = LoadOptions(
-            connections=settings.fetch_connections or DEFAULT_CONNECTIONS,
-            ahead_bytes=settings.host_memory_limit,
+            connections=settings.fetch_connections,
+            ahead_bytes=limit,
             verify_hashes=settings.verify == "hashes",
+            processors=self._start.processors,
+            headers_sha256=shard.headers_sha256 if whole(opened.index, records) else None,
         )
         stream = TensorStream(
             opened.source,
@@ -157,6 +188,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             key=opened.key,
             options=options,
             progress=self._progress,
+            place=place,
         )
         end = report_every(PROGRESS_SECONDS, self._report)
         try:
@@ -197,6 +229,25 @@ def loadable(index: FileIndex) -> list[TensorRecord]:
     return records
 
 
+def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
+    """Whether `records` are all tensors of the file."""
+    return len(records) == len(index.tensors)
+
+
+def home(targets: dict[str, torch.Tensor], record: TensorRecord) -> torch.Tensor | None:
+    """The parameter's own memory (uint8), where a tensor can be read straight into it."""
+    target = targets.get(record.name.lstrip("."))
+    if (
+        target is None
+        or target.device.type != "cpu"
+        or not target.is_contiguous()
+        or str(target.dtype) != f"torch.{record.dtype}"
+        or tuple(target.shape) != record.shape
+    ):
+        return None  # what does not fit is said where it is copied
+    return target.data.view(-1).view(torch.uint8)
+
+
 def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy a file in vLLM's own layout over the model's parameters and persistent buffers.
 
@@ -221,7 +272,8 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
                     hint="A file in vLLM's own layout fits only the vLLM version, dtype, "
                     "quantization and parallel size (and CPU or GPU) that wrote it.",
                 )
-            target.data.copy_(tensor)
+            if target.data_ptr() != tensor.data_ptr():
+                target.data.copy_(tensor)
             filled.add(target.data_ptr())
     # Tied parameters share memory: one of their names is enough. Buffers are born with a value
     # (the scales of the KV cache with 1).

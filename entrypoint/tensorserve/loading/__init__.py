@@ -1,6 +1,21 @@
 """The load pipeline: from a source's ranges to finished tensors."""
 
-from tensorserve.loading.pipeline import LoadOptions, TensorStream, report_every
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from tensorserve.loading.progress import LoadProgress
 
+if TYPE_CHECKING:
+    from tensorserve.loading.pipeline import LoadOptions, TensorStream, report_every
+
 __all__ = ["LoadOptions", "LoadProgress", "TensorStream", "report_every"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes a second to import; the process that only fetches ahead does without it.
+    if name in __all__:
+        from tensorserve.loading import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

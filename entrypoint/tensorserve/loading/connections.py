@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+
+from tensorserve.sources.base import MOST_CONNECTIONS
 
 # A step by that factor must bring that much, else it is taken back.
 _WORTH = {2: 1.3, 4: 1.5}
@@ -15,12 +16,7 @@ _LINEAR = 0.8
 _SETTLE, _MEASURE = 0.15, 0.2
 # A link may change: every so often one more step is tried.
 _AGAIN = 3.0
-REMOTE_START, REMOTE_MOST = 16, 256
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+REMOTE_START, REMOTE_MOST = 16, MOST_CONNECTIONS
 
 
 class Connections:

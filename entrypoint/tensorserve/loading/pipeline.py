@@ -11,9 +11,11 @@ the format, not vLLM.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -31,7 +33,7 @@ from tensorserve.format import (
     parse_header,
     verify_hashes,
 )
-from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections, cores
+from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
 from tensorserve.loading.memory import Buffers, HostMemory
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES, Job, Schedule
@@ -40,6 +42,8 @@ from tensorserve.sources import Source
 # A part that takes this long while another connection has nothing to do is read a second time.
 _DOUBLE_SECONDS = 0.5
 _IDLE_SECONDS = 0.02
+# Small tensors read together, and their headers.
+_BATCH = BATCH_BYTES + 256 * 1024
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
 
@@ -54,6 +58,8 @@ class LoadOptions:
     """None: as many as help."""
     ahead_bytes: int = 1024**3
     verify_hashes: bool = False
+    processors: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
+    """That the threads may run on, wherever the caller is bound to."""
     headers_sha256: str | None = None
     """Of all headers in file order, from a manifest; needs all of the file's tensors."""
 
@@ -105,9 +111,10 @@ class TensorStream:
         self._place = place
         records = tuple(records)
         self._schedule: Schedule[_Pending] = Schedule(records, self._admit)
-        # One half for what is on its way, one for what waits to be used again.
+        # Half for tensors on their way, a quarter for what waits to be used again, a quarter for
+        # what is still sealed.
         self._ahead_limit = options.ahead_bytes // 2
-        self._memory = HostMemory(options.ahead_bytes // 2)
+        self._memory = HostMemory(options.ahead_bytes // 4)
         self._order: SimpleQueue[_Pending | None] = SimpleQueue()
         self._headers: dict[int, bytes] = {}
         self._free = threading.Condition()
@@ -121,12 +128,13 @@ class TensorStream:
         self._staffed = 0
         # What plain files hold needs no opening, and is received where it belongs.
         self._apart = encrypted and source.remote
-        self._buffers = Buffers(PART_BYTES, max(4, options.ahead_bytes // 4 // PART_BYTES))
-        self._received: SimpleQueue[tuple[_Pending, int, memoryview, int] | None] = SimpleQueue()
+        self._buffers = Buffers(PART_BYTES, max(4, options.ahead_bytes // 8 // PART_BYTES))
+        self._batch_buffers = Buffers(_BATCH, max(2, options.ahead_bytes // 8 // _BATCH))
+        self._received: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def __enter__(self) -> TensorStream:
         if self._apart:
-            for number in range(cores()):
+            for number in range(len(self._options.processors)):
                 self._run(self._open_what_comes, f"tensorserve-load-open-{number}")
         self._staff()
         if self._options.connections is None:
@@ -185,6 +193,7 @@ class TensorStream:
     def _run(self, work: Callable[[], None], name: str) -> None:
         def guarded() -> None:
             try:
+                _run_on(self._options.processors)
                 work()
             # The error belongs to the consumer, which raises it: also KeyboardInterrupt and such.
             except BaseException as error:  # noqa: BLE001
@@ -200,8 +209,9 @@ class TensorStream:
         self._stopped.set()
         self._order.put(None)
         self._buffers.close()
+        self._batch_buffers.close()
         if self._apart:
-            for _ in range(cores()):
+            for _ in range(len(self._options.processors)):
                 self._received.put(None)
         with self._free:
             self._free.notify_all()
@@ -231,17 +241,13 @@ class TensorStream:
                     self._do(job)
                 finally:
                     self._schedule.end(job)
+                self._source.passed(min(self._schedule.low_water(), self._source.size))
             elif not self._double():
                 self._stopped.wait(_IDLE_SECONDS)
 
     def _open_what_comes(self) -> None:
-        while (received := self._received.get()) is not None:
-            tensor, part, buffer, count = received
-            if not tensor.header_known.wait(_IDLE_SECONDS) and not self._stopped.is_set():
-                self._received.put(received)  # its header is slow, others need not wait for it
-                continue
-            self._open_part(tensor, part, buffer[:count])
-            self._buffers.give_back(buffer)
+        while (opening := self._received.get()) is not None:
+            opening()
 
     def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[_Pending, ...]:
         """Wait for room, then set the tensors up, all of them or none.
@@ -287,17 +293,31 @@ class TensorStream:
     def _do_batch(self, job: Job[_Pending]) -> None:
         """Small tensors, whole, in one read."""
         first, last = job.tensors[0].record, job.tensors[-1].record
-        data = memoryview(bytearray(last.end - first.header_offset))
+        length = last.end - first.header_offset
+        buffer = self._batch_buffers.take() if length <= _BATCH else memoryview(bytearray(length))
         started = time.monotonic()
-        self._source.read_into(first.header_offset, data)
+        self._source.read_into(first.header_offset, buffer[:length])
         count = sum(tensor.record.length for tensor in job.tensors)
         self._progress.stage("fetch", count, time.monotonic() - started)
-        for tensor in job.tensors:
+        self._soon(partial(self._open_batch, job.tensors, buffer))
+
+    def _soon(self, opening: Callable[[], None]) -> None:
+        """Now, or by one of the threads that open what all connections receive."""
+        if self._apart:
+            self._received.put(opening)
+        else:
+            opening()
+
+    def _open_batch(self, tensors: tuple[_Pending, ...], data: memoryview) -> None:
+        first = tensors[0].record.header_offset
+        for tensor in tensors:
             record = tensor.record
-            begin = record.header_offset - first.header_offset
+            begin = record.header_offset - first
             body = begin + record.header_length
             self._take_header(tensor, data[begin:body])
             self._take(tensor, 0, data[body : body + record.length])
+        if len(data) == _BATCH:
+            self._batch_buffers.give_back(data)
 
     def _do_parts(self, job: Job[_Pending]) -> None:
         """A run of parts of a large tensor, in one request, each opened as soon as it is there."""
@@ -329,7 +349,7 @@ class TensorStream:
             count, part = lengths[number], first + number - 1
             self._progress.stage("fetch", count, time.monotonic() - started)
             if self._apart:
-                self._received.put((tensor, part, buffer, count))
+                self._soon(partial(self._open_buffer, tensor, part, buffer, count))
             else:
                 self._open_part(tensor, part, buffer[:count])
             started = time.monotonic()
@@ -338,6 +358,14 @@ class TensorStream:
         self._source.read_parts(offset, lengths, memory, arrived)
         if self._encrypted and not self._apart:
             self._buffers.give_back(buffer)
+
+    def _open_buffer(self, tensor: _Pending, part: int, buffer: memoryview, count: int) -> None:
+        if not tensor.header_known.wait(_IDLE_SECONDS) and not self._stopped.is_set():
+            # Its header is slow; others need not wait for it.
+            self._soon(partial(self._open_buffer, tensor, part, buffer, count))
+            return
+        self._open_part(tensor, part, buffer[:count])
+        self._buffers.give_back(buffer)
 
     def _double(self) -> bool:
         """Read what another connection is slow with a second time; whoever is first opens it."""
@@ -447,6 +475,12 @@ class TensorStream:
             open_tensor_chunk(header, key, index, sealed, out)
 
 
+def _run_on(processors: frozenset[int]) -> None:
+    """vLLM binds its worker, and with it every thread made there, to some of the processors."""
+    with suppress(OSError):  # they may have been taken away meanwhile
+        os.sched_setaffinity(0, processors)
+
+
 def _part_length(record: TensorRecord, part: int) -> int:
     return min(PART_BYTES, record.length - part * PART_BYTES)
 
@@ -456,7 +490,8 @@ def _connections(source: Source, options: LoadOptions, progress: LoadProgress) -
         return Connections(options.connections, options.connections, progress.received_bytes)
     if source.remote:
         return Connections(REMOTE_START, REMOTE_MOST, progress.received_bytes)
-    return Connections(cores(), 4 * cores(), progress.received_bytes)
+    cores = len(options.processors)
+    return Connections(cores, 4 * cores, progress.received_bytes)
 
 
 def _shaped(record: TensorRecord, memory: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,9 @@ _PATIENCE = 0.5
 BATCH_BYTES = 4 * 1024**2
 _BATCH_GAP = 64 * 1024
 
+# After every offset.
+END = 2**63 - 1
+
 Target = TypeVar("Target")
 
 
@@ -36,6 +39,10 @@ class Job(Generic[Target]):
     """What one connection does: parts [`next`, `stop`) of one tensor, or a batch of whole ones."""
 
     tensors: tuple[Target, ...]
+    data_offset: int
+    """Of the (first) tensor in the file."""
+    place: int
+    """Where the next byte that it reads stands in the file."""
     next: int = 0
     stop: int = 0
     batch: bool = False
@@ -64,6 +71,7 @@ class Schedule(Generic[Target]):
         self._running: list[Job[Target]] = []
         self._cut: tuple[tuple[Target, ...], int] | None = None
         """Of the first tensor in _todo, where it is begun: its target, and the next part."""
+        self._unclaimed = self._todo[0].header_offset if self._todo else END
 
     def claim(self, connections: int) -> Job[Target] | None:
         """The next job where `connections` share the work; None when all is given out."""
@@ -72,7 +80,10 @@ class Schedule(Generic[Target]):
                 return None
             record = self._todo[0]
             if record.length <= BATCH_BYTES:
-                return self._begin(Job(self._admit(self._batch()), batch=True))
+                job = Job(
+                    self._admit(self._batch()), record.data_offset, record.header_offset, batch=True
+                )
+                return self._begin(job)
             target, part = self._cut or (self._admit((record,)), 0)
             parts = -(-record.length // PART_BYTES)
             # At the end each connection gets its share, so that none is left alone with a long job.
@@ -83,7 +94,8 @@ class Schedule(Generic[Target]):
             if stop == parts:
                 self._todo.popleft()
                 self._cut = None
-            return self._begin(Job(target, part, stop))
+            place = record.data_offset + part * PART_BYTES if part else record.header_offset
+            return self._begin(Job(target, record.data_offset, place, part, stop))
 
     def steal(self) -> Job[Target] | None:
         """The last parts of a job that has not come to them: half of what the longest has left."""
@@ -96,7 +108,8 @@ class Schedule(Generic[Target]):
             if left == 1 and time.monotonic() - victim.began < _PATIENCE:
                 return None
             middle = victim.stop - (left + 1) // 2
-            job = Job(victim.tensors, middle, victim.stop)
+            place = victim.data_offset + middle * PART_BYTES
+            job = Job(victim.tensors, victim.data_offset, place, middle, victim.stop)
             victim.stop = middle
             self._running.append(job)
             return job
@@ -115,6 +128,7 @@ class Schedule(Generic[Target]):
         """The part at `job.next` has arrived; False where the rest of the job is another's."""
         with self._lock:
             job.next += 1
+            job.place = job.data_offset + job.next * PART_BYTES
             job.began = time.monotonic()
             job.doubled = False
             return job.next < job.stop
@@ -124,9 +138,18 @@ class Schedule(Generic[Target]):
         with self._lock:
             self._running.remove(job)
 
+    def low_water(self) -> int:
+        """The first offset in the file that is still needed; a huge one when nothing is."""
+        with self._lock:
+            return min([self._unclaimed, *(job.place for job in self._running)])
+
     def _begin(self, job: Job[Target]) -> Job[Target]:
         with self._lock:
             self._running.append(job)
+            if self._cut is not None:
+                self._unclaimed = self._todo[0].data_offset + self._cut[1] * PART_BYTES
+            else:
+                self._unclaimed = self._todo[0].header_offset if self._todo else END
         return job
 
     def _batch(self) -> tuple[TensorRecord, ...]:

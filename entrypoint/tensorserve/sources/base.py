@@ -9,6 +9,9 @@ from typing import Protocol
 from tensorserve.errors import CorruptError
 from tensorserve.secret import Secret
 
+# More than that never helped.
+MOST_CONNECTIONS = 256
+
 
 class NotFoundError(CorruptError):
     """The object does not exist, although its bucket or server does."""
@@ -47,6 +50,9 @@ class Source(Protocol):
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`."""
+
+    def passed(self, offset: int) -> None:
+        """Nothing before `offset` is needed any more, unless it turns out to be damaged."""
 
     def close(self) -> None:
         """Free connections and descriptors."""
@@ -111,4 +117,5 @@ class Access:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     allowed_hosts: frozenset[str] = frozenset()
     """Link-local or metadata hosts that are allowed all the same."""
-    connections: int = 16
+    connections: int = MOST_CONNECTIONS
+    """That are kept open for the next request."""

@@ -20,6 +20,7 @@ from tensorserve.errors import (
 )
 from tensorserve.secret import redact_uri
 from tensorserve.sources.addresses import host_and_port, refuse_metadata
+from tensorserve.sources.answers import watch_headers
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, RetryPolicy, Unobserved
 from tensorserve.sources.parts import Filling, go_on
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
@@ -90,6 +91,7 @@ class HttpSource:
             # blocksize: what http.client reads from the socket at once.
             blocksize=_STEP,
         )
+        watch_headers(self._pool)
         self.size = -1
         self.version: str | None = None
         self._etag: str | None = None
@@ -136,6 +138,9 @@ class HttpSource:
         data = bytearray(length)
         self.read_into(offset, memoryview(data))
         return bytes(data)
+
+    def passed(self, offset: int) -> None:
+        """Nothing is kept here that could go."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -259,6 +264,7 @@ class HttpSource:
             except (HTTPError, OSError) as error:
                 raise self._as_passing(error, url) from error
             location = response.headers.get("Location")
+            response.url = url  # urllib3's own lacks the host
             if response.status not in {301, 302, 303, 307, 308} or not location:
                 self._check_status(response, url, generation)
                 return response

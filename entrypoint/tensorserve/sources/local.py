@@ -92,6 +92,9 @@ class LocalSource:
         self.read_into(offset, memoryview(data))
         return bytes(data)
 
+    def passed(self, offset: int) -> None:
+        """Nothing is kept here that could go."""
+
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
         if self._fd >= 0:

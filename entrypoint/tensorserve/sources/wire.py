@@ -148,6 +148,9 @@ def as_passing(error: HTTPError | OSError, url: str, name: str, stall_timeout: f
         cause = error.args[0] if isinstance(error, SSLError) and error.args else error
         if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return TryAgain("tls", f"{host} broke the connection within TLS")
+        # What TLS was agreed upon for came damaged: a bit that flipped on the way.
+        if cause is error or "BAD_RECORD_MAC" in (getattr(cause, "reason", None) or ""):
+            return TryAgain("tls", f"what came from {host} within TLS was damaged")
         raise SourceUnavailableError(
             f"{name}: TLS with {host} failed: {error}.",
             hint="Is it a private CA? Name its bundle in AWS_CA_BUNDLE (S3) or SSL_CERT_FILE.",

@@ -53,6 +53,8 @@ class StartState:
     failure: Failure | None = None
     segments: list[Segment] = field(default_factory=list)
     ranks: dict[int, RankLoad] = field(default_factory=dict)
+    prefetch: RankLoad = field(default_factory=RankLoad)
+    """What was fetched ahead of the loaders: its requests and retries."""
     failures: Counter[str] = field(default_factory=Counter)
     """Failures by reason, over all starts."""
     last_event: float = 0.0
@@ -71,6 +73,8 @@ class StartState:
             self._phase(event)
         elif kind in {"load_plan", "load_progress", "load_done"}:
             self._load(kind, event)
+        elif kind == "prefetch_progress":
+            self.prefetch.progress(event)
         elif kind == "ready":
             self._ready(event)
         elif kind == "failure":
@@ -166,14 +170,15 @@ class StartState:
     @property
     def requests(self) -> int:
         """Requests sent for weights, over all starts and ranks."""
-        return self._requests_before + sum(r.counts["requests"] for r in self.ranks.values())
+        loads = [self.prefetch, *self.ranks.values()]
+        return self._requests_before + sum(load.counts["requests"] for load in loads)
 
     @property
     def retries(self) -> Counter[str]:
         """Requests sent again by reason, over all starts and ranks."""
         total = Counter(self._retries_before)
-        for rank in self.ranks.values():
-            total.update(rank.retries())
+        for load in (self.prefetch, *self.ranks.values()):
+            total.update(load.retries())
         return total
 
     def _start(self, event: Event) -> None:
@@ -188,6 +193,7 @@ class StartState:
         self.wall = number(event.get("w")) or None
         self.ready_at = self.engine_exit = self.exit_at = self.failure = None
         self.ranks = {}
+        self.prefetch = RankLoad()
         self.segments = [Segment(PHASES[0], event["t"], presumed=True)]
 
     def _phase(self, event: Event) -> None:

@@ -1,0 +1,221 @@
+"""What is fetched ahead is taken from memory, once for all ranks; without it the load goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tensorizer import EncryptionParams, TensorSerializer
+
+from tensorserve.errors import SourceUnavailableError
+from tensorserve.format import read_index
+from tensorserve.keys import GivenKey
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.prefetch import BLOCK_BYTES, PrefetchedSource, Prefetcher, SharedBlocks
+from tensorserve.sources.parts import Filling
+
+MIB = 1024**2
+KEY = bytes(range(32))
+
+
+class CountedSource:
+    """A remote source over bytes; counts how often each megabyte is read."""
+
+    remote = True
+
+    def __init__(self, data: bytes) -> None:
+        self.name, self.size, self.version = "memory", len(data), "v1"
+        self.data = data
+        self.read_megabytes: Counter[int] = Counter()
+        self.broken = False
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.read_megabytes.values())
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self.broken:
+            raise SourceUnavailableError("memory is gone")
+        with self._lock:
+            self.read_megabytes[offset // MIB] += len(buffer)
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        filling = Filling(lengths, memory, on_part)
+        while not filling.finished:
+            wanted = filling.wanted
+            self.read_into(offset + filling.done, wanted)
+            filling.add(len(wanted))
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length]
+
+    def passed(self, offset: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [5 * MIB, 100, 9 * MIB + 17, 3 * MIB, 30 * MIB, 1, 12 * MIB]
+    return {
+        f"t{n}": torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+        for n, size in enumerate(sizes)
+    }
+
+
+@pytest.fixture(scope="module")
+def encrypted(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("prefetch") / "model.tensors"
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    return path.read_bytes()
+
+
+def load(source: PrefetchedSource) -> dict[str, torch.Tensor]:
+    index = read_index(source)
+    with TensorStream(
+        source,
+        index.tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(connections=4, ahead_bytes=64 * MIB),
+        progress=LoadProgress(),
+    ) as stream:
+        loaded = {record.name: tensor.clone() for record, tensor in stream}
+    source.close()
+    return loaded
+
+
+@contextmanager
+def fetching(source: CountedSource, shared: SharedBlocks, budget: int) -> Iterator[Prefetcher]:
+    """The fetcher, in a thread and with a descriptor of its own."""
+    fetcher = Prefetcher(source, shared.reopen(), budget, LoadProgress())
+    thread = threading.Thread(target=fetcher.run)
+    thread.start()
+    while not shared.held:
+        pass
+    yield fetcher
+    shared.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    event = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        event.wait(0.01)
+    raise AssertionError("waited in vain")
+
+
+def is_there(shared: SharedBlocks, block: int) -> bool:
+    return shared.state(block) == 2
+
+
+def same(loaded: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
+    return loaded.keys() == tensors.keys() and all(
+        torch.equal(loaded[name], tensors[name]) for name in tensors
+    )
+
+
+def test_what_was_fetched_ahead_is_not_fetched_again(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """All of it is there: the loader sends no request. The memory goes as it is used."""
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(source.size, source.version, ranks=1)
+    with fetching(source, shared, budget=1024 * MIB):
+        wait_for(lambda: all(is_there(shared, n) for n in range(shared.blocks)))
+        assert source.bytes_read == source.size
+        assert same(load(PrefetchedSource(source, shared, 0, LoadProgress())), tensors)
+    assert source.bytes_read == source.size
+    assert all(shared.state(n) == 0 for n in range(shared.blocks))
+
+
+def test_the_loader_goes_on_where_the_fetcher_came_to(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """With room for two blocks: the rest comes from the source, and only the rest."""
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(source.size, source.version, ranks=1)
+    with fetching(source, shared, budget=2 * BLOCK_BYTES):
+        wait_for(lambda: is_there(shared, 0) and is_there(shared, 1))
+        assert source.bytes_read == 2 * BLOCK_BYTES
+        assert same(load(PrefetchedSource(source, shared, 0, LoadProgress())), tensors)
+    assert source.bytes_read < source.size + MIB
+
+
+def test_two_ranks_share_what_comes_over_the_network(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """No byte is fetched twice, and never more is kept than the budget."""
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    results: dict[int, dict[str, torch.Tensor]] = {}
+
+    def rank(number: int) -> None:
+        results[number] = load(PrefetchedSource(source, shared.reopen(), number, LoadProgress()))
+
+    with fetching(source, shared, budget=3 * BLOCK_BYTES):
+        threads = [threading.Thread(target=rank, args=(n,)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert same(results[0], tensors)
+    assert same(results[1], tensors)
+    assert source.bytes_read == source.size
+    assert all(shared.state(n) == 0 for n in range(shared.blocks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fetcher_that_died_leaves_the_work_to_the_loader(
+    encrypted: bytes, tensors: dict[str, torch.Tensor], ranks: int
+) -> None:
+    """Blocks that it had begun are not waited for."""
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(source.size, source.version, ranks=ranks)
+    shared.set_state(0, 1)
+    shared.set_state(3, 1)
+    assert not shared.held
+    for rank in range(ranks):
+        loaded = load(PrefetchedSource(source, shared.reopen(), rank, LoadProgress()))
+        assert same(loaded, tensors)
+
+
+def test_a_fetcher_whose_source_fails_ends_without_a_word(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The loader asks for the same bytes, and its error is the one that is read."""
+    source = CountedSource(encrypted)
+    source.broken = True
+    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    fetcher = Prefetcher(source, shared.reopen(), 64 * MIB, LoadProgress())
+    fetcher.run()
+    del fetcher
+    source.broken = False
+    loaded = load(PrefetchedSource(source, shared, 0, LoadProgress()))
+    assert same(loaded, tensors)
+
+
+def test_memory_of_another_version_is_not_used(encrypted: bytes) -> None:
+    """The object may have been replaced between the fetcher and the loader."""
+    source = CountedSource(encrypted)
+    assert SharedBlocks.create(source.size, "v1", ranks=1).fits(source)
+    assert not SharedBlocks.create(source.size, "v2", ranks=1).fits(source)
+    assert not SharedBlocks.create(source.size + 1, "v1", ranks=1).fits(source)
