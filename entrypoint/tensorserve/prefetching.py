@@ -44,7 +44,7 @@ def start_prefetch(
 
 def prefetch_budget(settings: Settings) -> int:
     """Bytes of the host memory limit that may hold what was fetched ahead."""
-    return settings.host_memory_limit // 2
+    return settings.host_memory_limit * 3 // 8
 
 
 def _run(settings: Settings, shard: Shard, shared: SharedBlocks, log: EventLog) -> None:

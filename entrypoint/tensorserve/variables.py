@@ -194,8 +194,8 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable(
         "TENSORSERVE_PREFETCH", "prefetch", _choice("auto", "off"), "auto",
-        "Whether weights behind a network are fetched into memory (half of the limit above, still "
-        "sealed) while vLLM imports.",
+        "Whether weights behind a network are fetched into memory (still sealed, three eighths of "
+        "the limit above) while vLLM imports.",
         "`auto`, `off`",
     ),
     Variable(

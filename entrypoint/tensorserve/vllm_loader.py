@@ -48,6 +48,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._start: Start = receive_start(os.environ)
         self._log = EventLog(events_path(self._start.settings.state_dir))
         self._rank = 0
+        self._device = torch.device("cpu")
         self._progress = LoadProgress()
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -62,6 +63,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._phase("init", "begin")
         try:
             device = torch.device(self.load_config.device or vllm_config.device_config.device)
+            self._device = device
             if device.type != "cpu" and self._in_vllm_layout():
                 model = self._load_processed(vllm_config, model_config, prefix, device)
             else:
@@ -179,6 +181,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             ahead_bytes=limit,
             verify_hashes=settings.verify == "hashes",
             processors=self._start.processors,
+            pinned=self._device.type == "cuda",
             headers_sha256=shard.headers_sha256 if whole(opened.index, records) else None,
         )
         stream = TensorStream(

@@ -6,11 +6,12 @@ here by the rules of vLLM's Llama (fused qkv and gate_up; columns and rows split
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from running import Tensorserve, stock_vllm
+from running import BIN, Tensorserve, clean_environment, stock_vllm
 from tensorizer import EncryptionParams, TensorSerializer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,3 +115,37 @@ def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) 
             assert size
             copied = engine.metric("tensorserve_load_bytes_total", rank=str(rank), stage="copy")
             assert copied == size
+
+
+def test_ranks_share_one_file_and_fetch_it_once(tmp_path: Path, tiny: Path, s3) -> None:
+    """Hugging Face layout on S3: both ranks read all of it, over the network it comes once."""
+    s3.make_bucket("models")
+    uri = "s3://models/tiny"
+    words = [str(BIN / "tensorserve"), "pack", str(tiny), uri, "--encrypt"]
+    key_file = tmp_path / "key"
+    subprocess.run(
+        [*words, "--key-file", str(key_file)], env=clean_environment() | s3.environment, check=True
+    )
+    stock = stock_vllm(tmp_path, tiny)
+    stock.command += ["--tensor-parallel-size", str(RANKS)]
+    stock.environment |= BINDING
+    with stock:
+        stock.wait_ready()
+        wanted = stock.completions("model", PROMPTS)
+    settings = {
+        "TENSORSERVE_MODEL_URI": uri,
+        "TENSORSERVE_KEY_FILE": str(key_file),
+        "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": str(RANKS),
+    }
+    with Tensorserve(tmp_path, BINDING | s3.environment | settings) as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
+        events = engine.events()
+    ahead = [e for e in events if e["event"] == "prefetch_progress"]
+    size = sum(e["bytes"] for e in events if e["event"] == "load_plan" and e["rank"] == 0)
+    assert size <= ahead[-1]["bytes"] < 1.1 * size
+    for rank in range(RANKS):
+        (*_, last) = [e for e in events if e["event"] == "load_progress" and e["rank"] == rank]
+        assert last["fetch"] == size
+        # To open it, and to read its index and prove the key: no request for weights.
+        assert last["requests"] <= 6, last

@@ -58,6 +58,8 @@ class LoadOptions:
     """None: as many as help."""
     ahead_bytes: int = 1024**3
     verify_hashes: bool = False
+    pinned: bool = False
+    """Page-locked memory, for tensors that go on to a GPU. Not run on a GPU yet."""
     processors: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
     """That the threads may run on, wherever the caller is bound to."""
     headers_sha256: str | None = None
@@ -110,11 +112,16 @@ class TensorStream:
         self._progress = progress
         self._place = place
         records = tuple(records)
-        self._schedule: Schedule[_Pending] = Schedule(records, self._admit)
-        # Half for tensors on their way, a quarter for what waits to be used again, a quarter for
+        self._schedule: Schedule[_Pending] = Schedule(
+            records, self._admit, room=options.ahead_bytes // 2
+        )
+        # Half for tensors on their way, an eighth for what waits to be used again, the rest for
         # what is still sealed.
         self._ahead_limit = options.ahead_bytes // 2
-        self._memory = HostMemory(options.ahead_bytes // 4)
+        self._memory = HostMemory(options.ahead_bytes // 8, pinned=options.pinned)
+        part_buffers = max(4, options.ahead_bytes * 5 // 16 // PART_BYTES)
+        self._buffers = Buffers(PART_BYTES, part_buffers)
+        self._batch_buffers = Buffers(_BATCH, max(2, options.ahead_bytes // 16 // _BATCH))
         self._order: SimpleQueue[_Pending | None] = SimpleQueue()
         self._headers: dict[int, bytes] = {}
         self._free = threading.Condition()
@@ -123,13 +130,11 @@ class TensorStream:
         self._stopped = threading.Event()
         self._left = len(records)
         self._to_open = len(records)
-        self._connections = _connections(source, options, progress)
+        self._connections = _connections(source, options, progress, part_buffers)
         self._threads: list[threading.Thread] = []
         self._staffed = 0
         # What plain files hold needs no opening, and is received where it belongs.
         self._apart = encrypted and source.remote
-        self._buffers = Buffers(PART_BYTES, max(4, options.ahead_bytes // 8 // PART_BYTES))
-        self._batch_buffers = Buffers(_BATCH, max(2, options.ahead_bytes // 8 // _BATCH))
         self._received: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def __enter__(self) -> TensorStream:
@@ -485,11 +490,15 @@ def _part_length(record: TensorRecord, part: int) -> int:
     return min(PART_BYTES, record.length - part * PART_BYTES)
 
 
-def _connections(source: Source, options: LoadOptions, progress: LoadProgress) -> Connections:
+def _connections(
+    source: Source, options: LoadOptions, progress: LoadProgress, most: int
+) -> Connections:
     if options.connections is not None:
         return Connections(options.connections, options.connections, progress.received_bytes)
     if source.remote:
-        return Connections(REMOTE_START, REMOTE_MOST, progress.received_bytes)
+        # Each fills a buffer.
+        most = min(REMOTE_MOST, most)
+        return Connections(min(REMOTE_START, most), most, progress.received_bytes)
     cores = len(options.processors)
     return Connections(cores, 4 * cores, progress.received_bytes)
 

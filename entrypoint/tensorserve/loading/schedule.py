@@ -56,16 +56,19 @@ class Schedule(Generic[Target]):
     """Gives out jobs. Thread-safe.
 
     `admit` makes of tensors, in file order, what the jobs name as their targets; it may block.
+    `room`: bytes that all jobs together may have on their way; beyond that `admit` would block.
     """
 
     def __init__(
         self,
         records: Iterable[TensorRecord],
         admit: Callable[[tuple[TensorRecord, ...]], tuple[Target, ...]],
+        room: int = END,
     ) -> None:
         self._todo = deque(records)
         self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
+        self._room = room
         self._claiming = threading.Lock()
         self._lock = threading.Lock()
         self._running: list[Job[Target]] = []
@@ -87,7 +90,7 @@ class Schedule(Generic[Target]):
             target, part = self._cut or (self._admit((record,)), 0)
             parts = -(-record.length // PART_BYTES)
             # At the end each connection gets its share, so that none is left alone with a long job.
-            share = self._bytes_left // (connections * PART_BYTES)
+            share = min(self._bytes_left, self._room) // (connections * PART_BYTES)
             stop = min(parts, part + max(_LEAST_PARTS, min(JOB_PARTS, share)))
             self._bytes_left -= (stop - part) * PART_BYTES
             self._cut = (target, stop)
