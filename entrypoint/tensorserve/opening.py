@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensorserve import sources
-from tensorserve.errors import CorruptError
+from tensorserve.errors import CorruptError, WrongKeyError
 from tensorserve.format import FileIndex, FileKey, read_index
 from tensorserve.keys import parse_key, parse_passphrase, prove_key
 from tensorserve.settings import Settings
@@ -62,16 +62,38 @@ def open_tensors(
     With `version`, the file must still be the one that carried it (it was checked before): a
     replaced file is a CorruptError. Raises the sources', the format's and the key's errors.
     """
-    source = sources.open_source(uri, access, observer)
+    source = _open_version(uri, access, observer, version)
     try:
-        if version is not None and source.version != version:
-            raise CorruptError(
-                f"{source.name} was replaced since this start checked it.",
-                hint="Start again; upload models under a new name instead of over an old one.",
-            )
-        index = read_index(source)
-        prove_key(source, index, key)
+        return _read(source, key)
+    except CorruptError as error:
+        source.close()
+        # Damaged on the wire, or at rest? What comes a second time is believed; a wrong key stays.
+        if not source.remote or isinstance(error, WrongKeyError):
+            raise
+        if observer is not None:
+            observer.retry("corrupt")
+        # The same object: another one is another model.
+        source = _open_version(uri, access, observer, source.version)
+        return _read(source, key)
     except BaseException:
         source.close()
         raise
+
+
+def _read(source: Source, key: FileKey | None) -> OpenTensors:
+    index = read_index(source)
+    prove_key(source, index, key)
     return OpenTensors(source, index, key)
+
+
+def _open_version(
+    uri: str, access: Access, observer: FetchObserver | None, version: str | None
+) -> Source:
+    source = sources.open_source(uri, access, observer)
+    if version is not None and source.version != version:
+        source.close()
+        raise CorruptError(
+            f"{source.name} was replaced since this start checked it.",
+            hint="Start again; upload models under a new name instead of over an old one.",
+        )
+    return source

@@ -31,6 +31,14 @@ MIB = 1024**2
 # vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.
 SHARED_MEMORY_BYTES = 160 * MIB
 SHARED_MEMORY = Path("/dev/shm")
+# Limit and use, of version 2 and of version 1 of control groups.
+_CGROUP_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 # Event log, configuration and tokenizer of large models.
 STATE_BYTES = 64 * MIB
 
@@ -295,14 +303,15 @@ def _available_host_memory() -> int | None:
     """Bytes still to be had: the machine's, or the control group's limit if that is less."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     available = int(found[1]) * 1024 if found else None
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available  # no control group of our own
-    if limit.isdecimal():
-        left = int(limit) - used
-        return left if available is None else min(left, available)
+    for limit_file, used_file in _CGROUP_MEMORY:
+        try:
+            limit = Path(limit_file).read_text().strip()
+            used = int(Path(used_file).read_text())
+        except (OSError, ValueError):
+            continue  # another version of control groups, or none of our own
+        if limit.isdecimal():
+            left = max(0, int(limit) - used)
+            available = left if available is None else min(left, available)
     return available
 
 

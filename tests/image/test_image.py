@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -177,6 +179,33 @@ def test_docker_stop_ends_it_in_order(served: Container) -> None:
     subprocess.run([ENGINE, "stop", "--time", "10", served.name], check=True, capture_output=True)
     assert time.monotonic() - started < 9
     assert int(served.state("ExitCode")) == 128 + signal.SIGTERM
+
+
+def test_the_documented_command_starts(bundle: Path) -> None:
+    """docs/image.md's `docker run`, word for word but for the ports, and what podman needs here."""
+    text = (Path(__file__).parents[2] / "docs/image.md").read_text()
+    (block,) = re.findall(r"^    docker run ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    api, metrics = free_ports(2)
+    block = block.replace("\\\n", " ").replace("$PWD", str(bundle))
+    block = block.replace("-p 8000:8000 -p 9400:9400", f"-p {api}:8000 -p {metrics}:9400")
+    block = block.replace("/model.key:/run", "/key:/run").replace(" tensorserve:cpu", f" {IMAGE}")
+    name = "tensorserve-test-documented"
+    subprocess.run([ENGINE, "rm", "--force", name], check=False, capture_output=True)
+    words = [ENGINE, "run", "--detach", "--name", name, *LOCAL, *shlex.split(block)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        assert done.returncode == 0, done.stderr
+        deadline = time.monotonic() + 60
+        while (
+            '"phase": "import"' not in request(f"http://127.0.0.1:{metrics}/startupz")[1].decode()
+        ):
+            assert time.monotonic() < deadline, "vLLM was not started"
+            time.sleep(0.2)
+    finally:
+        subprocess.run([ENGINE, "rm", "--force", name], check=False, capture_output=True)
+        subprocess.run(
+            [ENGINE, "volume", "rm", "tensorserve-cache"], check=False, capture_output=True
+        )
 
 
 @pytest.fixture

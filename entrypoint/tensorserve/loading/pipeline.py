@@ -393,9 +393,11 @@ class TensorStream:
 
     def _take_header(self, tensor: _Pending, data: memoryview) -> None:
         record = tensor.record
-        tensor.header = parse_header(
-            record, data, encrypted=self._encrypted, source_name=self._source.name
-        )
+        try:
+            tensor.header = self._parse_header(record, data)
+        except CorruptError:
+            data = self._read_header_again(tensor)
+        assert tensor.header is not None
         chunks = tensor.header.chunks
         if chunks is not None and record.length > BATCH_BYTES:
             size = record.length if chunks.count == 1 else chunks.chunk_size
@@ -403,6 +405,19 @@ class TensorStream:
         if self._options.headers_sha256 is not None:
             self._headers[record.header_offset] = bytes(data)
         tensor.header_known.set()
+
+    def _parse_header(self, record: TensorRecord, data: memoryview) -> TensorHeader:
+        return parse_header(record, data, encrypted=self._encrypted, source_name=self._source.name)
+
+    def _read_header_again(self, tensor: _Pending) -> memoryview:
+        """Damaged on the wire, or at rest? What comes a second time is believed."""
+        self._progress.retry("corrupt")
+        record = tensor.record
+        data = memoryview(self._source.read(record.header_offset, record.header_length))
+        tensor.header = self._parse_header(record, data)
+        if self._options.headers_sha256 is not None:
+            self._headers[record.header_offset] = bytes(data)
+        return data
 
     def _open_part(self, tensor: _Pending, part: int, data: memoryview) -> None:
         with tensor.lock:
@@ -473,11 +488,12 @@ class TensorStream:
         try:
             open_tensor_chunk(header, key, index, sealed, out)
         except TagMismatchError:
-            # Damaged on the wire, or at rest? libsodium checks before it writes.
-            self._progress.retry("corrupt")
+            # libsodium checks before it writes. Its nonce and tag may be what is damaged.
             start, _ = header.chunks.chunk_bounds(index, tensor.record.length)
+            self._read_header_again(tensor)
             self._source.read_into(tensor.record.data_offset + start, sealed)
-            open_tensor_chunk(header, key, index, sealed, out)
+            assert tensor.header is not None
+            open_tensor_chunk(tensor.header, key, index, sealed, out)
 
 
 def _run_on(processors: frozenset[int]) -> None:
