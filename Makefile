@@ -28,7 +28,7 @@ serve: venv ## the demo, but serving until Ctrl-C
 	@$(BIN)/python demo/demo.py --serve
 
 .PHONY: test
-test: test-unit test-e2e ## all tests
+test: test-unit test-faults test-e2e ## unit, fault and end-to-end tests
 
 .PHONY: test-unit
 test-unit: venv ## unit tests (a minute)
@@ -51,6 +51,14 @@ test-browser: venv ## the start-up page in a real browser
 .PHONY: test-deploy
 test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
 	@$(BIN)/python -m pytest tests/deploy --timeout 120
+
+.PHONY: test-faults
+test-faults: venv ## every fault of the source, the network and the machine, on real sockets
+	@$(BIN)/python -m pytest tests/faults --timeout 120
+
+.PHONY: bench
+bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (25 minutes, idle machine)
+	@$(BIN)/python -m bench
 
 .PHONY: image
 image: ## build the image for GPU machines (BASE=… for another base image)
