@@ -10,7 +10,6 @@ the format, not vLLM.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -24,17 +23,10 @@ from types import TracebackType
 import torch
 
 from tensorserve.errors import CorruptError
-from tensorserve.format import (
-    FileKey,
-    TagMismatchError,
-    TensorHeader,
-    TensorRecord,
-    open_tensor_chunk,
-    parse_header,
-    verify_hashes,
-)
+from tensorserve.format import FileKey, TensorRecord
 from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
 from tensorserve.loading.memory import Buffers, HostMemory
+from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES, Job, Schedule
 from tensorserve.sources import Source
@@ -66,23 +58,6 @@ class LoadOptions:
     """Of all headers in file order, from a manifest; needs all of the file's tensors."""
 
 
-@dataclass(eq=False)
-class _Pending:
-    """One tensor on its way."""
-
-    record: TensorRecord
-    memory: torch.Tensor  # uint8, of the record's length
-    view: memoryview
-    budget: int  # bytes of ahead_bytes that it takes
-    left: int  # bytes that have not come to their place yet
-    sealed: bool = False  # they come sealed, and are opened when all are there
-    header: TensorHeader | None = None
-    header_known: threading.Event = field(default_factory=threading.Event)
-    opened: set[int] = field(default_factory=set)  # parts that some thread opens or opened
-    done: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 class TensorStream:
     """Iterate over it: (record, CPU tensor of the record's shape and dtype), in file order.
 
@@ -107,12 +82,14 @@ class TensorStream:
     ) -> None:
         self._source = source
         self._encrypted = encrypted
-        self._key = key
+        self._opener = Opener(
+            source, key, progress, encrypted=encrypted, hashes=options.verify_hashes
+        )
         self._options = options
         self._progress = progress
         self._place = place
         records = tuple(records)
-        self._schedule: Schedule[_Pending] = Schedule(
+        self._schedule: Schedule[Pending] = Schedule(
             records, self._admit, room=options.ahead_bytes // 2
         )
         # Half for tensors on their way, an eighth for what waits to be used again, the rest for
@@ -122,8 +99,7 @@ class TensorStream:
         part_buffers = max(4, options.ahead_bytes * 5 // 16 // PART_BYTES)
         self._buffers = Buffers(PART_BYTES, part_buffers)
         self._batch_buffers = Buffers(_BATCH, max(2, options.ahead_bytes // 16 // _BATCH))
-        self._order: SimpleQueue[_Pending | None] = SimpleQueue()
-        self._headers: dict[int, bytes] = {}
+        self._order: SimpleQueue[Pending | None] = SimpleQueue()
         self._free = threading.Condition()
         self._ahead = 0
         self._error: BaseException | None = None
@@ -186,8 +162,7 @@ class TensorStream:
         expected = self._options.headers_sha256
         if expected is None:
             return
-        headers = b"".join(self._headers[offset] for offset in sorted(self._headers))
-        if hashlib.sha256(headers).hexdigest() != expected:
+        if self._opener.headers_sha256() != expected:
             raise CorruptError(
                 f"{self._source.name}: the tensors' headers are not those of the manifest.",
                 hint="Tensors were exchanged for others under the same key. Pack it again.",
@@ -254,7 +229,7 @@ class TensorStream:
         while (opening := self._received.get()) is not None:
             opening()
 
-    def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[_Pending, ...]:
+    def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[Pending, ...]:
         """Wait for room, then set the tensors up, all of them or none.
 
         Every tensor admitted before is given out to its end by then, so the consumer can always
@@ -280,7 +255,7 @@ class TensorStream:
             if memory is None:
                 memory = self._memory.take(record.length)
             view = memory.numpy().data if record.length else memoryview(bytearray())
-            pending.append(_Pending(record, memory, view, budget, record.length))
+            pending.append(Pending(record, memory, view, budget, record.length))
             self._order.put(pending[-1])
         return tuple(pending)
 
@@ -289,13 +264,13 @@ class TensorStream:
             self._ahead -= budget
             self._free.notify_all()
 
-    def _do(self, job: Job[_Pending]) -> None:
+    def _do(self, job: Job[Pending]) -> None:
         if job.batch:
             self._do_batch(job)
         else:
             self._do_parts(job)
 
-    def _do_batch(self, job: Job[_Pending]) -> None:
+    def _do_batch(self, job: Job[Pending]) -> None:
         """Small tensors, whole, in one read."""
         first, last = job.tensors[0].record, job.tensors[-1].record
         length = last.end - first.header_offset
@@ -313,18 +288,18 @@ class TensorStream:
         else:
             opening()
 
-    def _open_batch(self, tensors: tuple[_Pending, ...], data: memoryview) -> None:
+    def _open_batch(self, tensors: tuple[Pending, ...], data: memoryview) -> None:
         first = tensors[0].record.header_offset
         for tensor in tensors:
             record = tensor.record
             begin = record.header_offset - first
             body = begin + record.header_length
-            self._take_header(tensor, data[begin:body])
+            self._opener.take_header(tensor, data[begin:body])
             self._take(tensor, 0, data[body : body + record.length])
         if len(data) == _BATCH:
             self._batch_buffers.give_back(data)
 
-    def _do_parts(self, job: Job[_Pending]) -> None:
+    def _do_parts(self, job: Job[Pending]) -> None:
         """A run of parts of a large tensor, in one request, each opened as soon as it is there."""
         (tensor,) = job.tensors
         record, first = tensor.record, job.next
@@ -349,7 +324,7 @@ class TensorStream:
             nonlocal started
             if number == 0:
                 if header:
-                    self._take_header(tensor, header)
+                    self._opener.take_header(tensor, header)
                 return not self._stopped.is_set()
             count, part = lengths[number], first + number - 1
             self._progress.stage("fetch", count, time.monotonic() - started)
@@ -364,7 +339,7 @@ class TensorStream:
         if self._encrypted and not self._apart:
             self._buffers.give_back(buffer)
 
-    def _open_buffer(self, tensor: _Pending, part: int, buffer: memoryview, count: int) -> None:
+    def _open_buffer(self, tensor: Pending, part: int, buffer: memoryview, count: int) -> None:
         if not tensor.header_known.wait(_IDLE_SECONDS) and not self._stopped.is_set():
             # Its header is slow; others need not wait for it.
             self._soon(partial(self._open_buffer, tensor, part, buffer, count))
@@ -382,7 +357,7 @@ class TensorStream:
         record = tensor.record
         if part == 0 and not tensor.header_known.is_set():
             header = self._source.read(record.header_offset, record.header_length)
-            self._take_header(tensor, memoryview(header))
+            self._opener.take_header(tensor, memoryview(header))
         if tensor.header_known.is_set():
             buffer = self._buffers.take()
             data = buffer[: _part_length(record, part)]
@@ -391,35 +366,7 @@ class TensorStream:
             self._buffers.give_back(buffer)
         return True
 
-    def _take_header(self, tensor: _Pending, data: memoryview) -> None:
-        record = tensor.record
-        try:
-            tensor.header = self._parse_header(record, data)
-        except CorruptError:
-            data = self._read_header_again(tensor)
-        assert tensor.header is not None
-        chunks = tensor.header.chunks
-        if chunks is not None and record.length > BATCH_BYTES:
-            size = record.length if chunks.count == 1 else chunks.chunk_size
-            tensor.sealed = PART_BYTES % size != 0
-        if self._options.headers_sha256 is not None:
-            self._headers[record.header_offset] = bytes(data)
-        tensor.header_known.set()
-
-    def _parse_header(self, record: TensorRecord, data: memoryview) -> TensorHeader:
-        return parse_header(record, data, encrypted=self._encrypted, source_name=self._source.name)
-
-    def _read_header_again(self, tensor: _Pending) -> memoryview:
-        """Damaged on the wire, or at rest? What comes a second time is believed."""
-        self._progress.retry("corrupt")
-        record = tensor.record
-        data = memoryview(self._source.read(record.header_offset, record.header_length))
-        tensor.header = self._parse_header(record, data)
-        if self._options.headers_sha256 is not None:
-            self._headers[record.header_offset] = bytes(data)
-        return data
-
-    def _open_part(self, tensor: _Pending, part: int, data: memoryview) -> None:
+    def _open_part(self, tensor: Pending, part: int, data: memoryview) -> None:
         with tensor.lock:
             if part in tensor.opened:
                 return  # the other connection was first
@@ -430,70 +377,11 @@ class TensorStream:
                 return
         self._take(tensor, part * PART_BYTES, data)
 
-    def _take(self, tensor: _Pending, start: int, data: memoryview) -> None:
-        """What stands in the file from `start` of the tensor on, to its place, opened."""
-        header, length = tensor.header, tensor.record.length
-        assert header is not None
-        stop = start + len(data)
-        if header.chunks is None:
-            if length <= BATCH_BYTES:  # else it was received there
-                tensor.view[start:stop] = data
-        elif tensor.sealed:
-            tensor.view[start:stop] = data
-        else:
-            self._open_boxes(tensor, header, start, data, tensor.view[start:stop])
-        with tensor.lock:
-            tensor.left -= len(data)
-            if tensor.left:
-                return
-        if tensor.sealed:
-            self._open_boxes(tensor, header, 0, tensor.view, tensor.view)
-        if self._options.verify_hashes:
-            verify_hashes(header, tensor.view)
-        with self._free:
-            self._to_open -= 1
-        tensor.done.set()
-
-    def _open_boxes(
-        self,
-        tensor: _Pending,
-        header: TensorHeader,
-        start: int,
-        sealed: memoryview,
-        out: memoryview,
-    ) -> None:
-        """Open the chunks that `sealed` holds whole, which begins at `start` of the tensor."""
-        chunks, length = header.chunks, tensor.record.length
-        assert chunks is not None
-        began = time.monotonic()
-        size = length if chunks.count == 1 else chunks.chunk_size
-        for index in range(start // size, -(-(start + len(sealed)) // size)):
-            a, b = chunks.chunk_bounds(index, length)
-            box = slice(a - start, b - start)
-            self._open(tensor, header, index, sealed[box], out[box])
-        self._progress.stage("decrypt", len(sealed), time.monotonic() - began)
-
-    def _open(
-        self,
-        tensor: _Pending,
-        header: TensorHeader,
-        index: int,
-        sealed: memoryview,
-        out: memoryview,
-    ) -> None:
-        """Open one chunk; where its tag does not fit, read it once more first."""
-        assert self._key is not None
-        assert header.chunks is not None
-        key = self._key.for_header(header)
-        try:
-            open_tensor_chunk(header, key, index, sealed, out)
-        except TagMismatchError:
-            # libsodium checks before it writes. Its nonce and tag may be what is damaged.
-            start, _ = header.chunks.chunk_bounds(index, tensor.record.length)
-            self._read_header_again(tensor)
-            self._source.read_into(tensor.record.data_offset + start, sealed)
-            assert tensor.header is not None
-            open_tensor_chunk(tensor.header, key, index, sealed, out)
+    def _take(self, tensor: Pending, start: int, data: memoryview) -> None:
+        if self._opener.take(tensor, start, data):
+            with self._free:
+                self._to_open -= 1
+            tensor.done.set()
 
 
 def _run_on(processors: frozenset[int]) -> None:
