@@ -46,7 +46,7 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
             remote_code="--trust-remote-code" in plan.argv,
         )
         log.emit("phase", phase="artifacts", state="end")
-        prefetched = start_prefetch(settings, weights.shards, plan.tensor_parallel_size, log)
+        prefetched = start_prefetch(settings, plan, weights.shards, log)
         reference = publish_start(environ, settings, start.arguments, weights.shards, prefetched)
         log.emit("phase", phase="import", state="begin")
         become_vllm(plan, settings.state_dir, reference)

@@ -9,6 +9,7 @@ from tensorserve import sources
 from tensorserve.loading import LoadProgress
 from tensorserve.loading.prefetch import Prefetcher, SharedBlocks
 from tensorserve.opening import access_for
+from tensorserve.plan import LaunchPlan
 from tensorserve.settings import Settings
 from tensorserve.start import Shard
 from tensorserve.telemetry import EventLog
@@ -18,8 +19,15 @@ _REPORT_SECONDS = 0.5
 _NICENESS = 10
 
 
+# With these, the ranks that read on this machine are others than the tensor-parallel ones.
+_OTHER_PARALLELISM = (
+    *("--nnodes", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
+    *("--data-parallel-size-local", "-dpl"),
+)
+
+
 def start_prefetch(
-    settings: Settings, shards: tuple[Shard, ...], ranks: int, log: EventLog
+    settings: Settings, plan: LaunchPlan, shards: tuple[Shard, ...], log: EventLog
 ) -> str | None:
     """Start the process where it helps; gives the memory's path for the loaders, else None.
 
@@ -27,10 +35,12 @@ def start_prefetch(
     """
     if settings.prefetch == "off" or len(shards) != 1:
         return None  # each rank has its own file, and reads it alone
+    if any(word.partition("=")[0] in _OTHER_PARALLELISM for word in plan.argv):
+        return None  # nobody could say when all ranks are past a byte
     (shard,) = shards
     if not shard.uri.startswith(("s3://", "http://", "https://")):
         return None  # a file: the system's own cache is that memory
-    shared = SharedBlocks.create(shard.size, shard.version, ranks)
+    shared = SharedBlocks.create(shard.size, shard.version, plan.tensor_parallel_size)
     path = shared.path
     child = os.fork()
     if child == 0:

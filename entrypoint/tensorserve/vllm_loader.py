@@ -129,7 +129,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         return ready
 
     @contextmanager
-    def _open(self) -> Iterator[OpenTensors]:
+    def _open(self, *, to_load: bool = True) -> Iterator[OpenTensors]:
         settings = self._start.settings
         shard = self._start.shard(self._rank)
         opened = open_tensors(
@@ -139,7 +139,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             observer=self._progress,
             version=shard.version,
         )
-        source = self._prefetched(opened.source)
+        source = self._prefetched(opened.source) if to_load else opened.source
         try:
             yield replace(opened, source=source)
         finally:
@@ -161,7 +161,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         )
 
     def _in_vllm_layout(self) -> bool:
-        with self._open() as opened:
+        with self._open(to_load=False) as opened:
             return is_vllm_layout(opened.index)
 
     def _stream(

@@ -35,6 +35,8 @@ _STOP = 64  # one byte: fetch nothing new
 _POSITIONS = 128  # u64 for each rank: it needs nothing before that offset
 _STATES = _POSITIONS + 8 * MAX_RANKS
 _POLL_SECONDS = 0.002
+# For one block that the fetcher does not bring.
+_WAIT_SECONDS = 30.0
 _FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
 
@@ -269,6 +271,8 @@ class PrefetchedSource:
         self.size = source.size
         self.version = source.version
         self.remote = source.remote
+        self._freed = 0
+        self._given_up = False
         if shared.ranks == 1:
             shared.stop()
 
@@ -324,8 +328,6 @@ class PrefetchedSource:
             self._shared.free_all()  # else the fetcher does it
         self._source.close()
 
-    _freed = 0
-
     def _free_before(self, offset: int) -> None:
         stop = min(offset // BLOCK_BYTES, self._shared.blocks)
         for block in range(self._freed, stop):
@@ -337,11 +339,16 @@ class PrefetchedSource:
         """Whether `block` is in memory; waits for it where the fetcher is about to bring it."""
         if (block + 1) * BLOCK_BYTES <= self._shared.position(self._rank):
             return False  # asked for a second time: it may be gone at any moment
+        until = time.monotonic() + _WAIT_SECONDS
         while True:
             state = self._shared.state(block)
             if state == _THERE:
                 return True
             if state == _ABSENT and self._shared.stopped:
+                return False
+            if self._given_up or time.monotonic() > until:
+                # A rank that hangs holds up the fetcher; this one goes on without it.
+                self._given_up = True
                 return False
             if not self._shared.held:
                 return self._shared.state(block) == _THERE

@@ -14,7 +14,7 @@ from tensorizer import EncryptionParams, TensorSerializer
 from tensorserve.errors import SourceUnavailableError
 from tensorserve.format import read_index
 from tensorserve.keys import GivenKey
-from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetch
 from tensorserve.loading.prefetch import BLOCK_BYTES, PrefetchedSource, Prefetcher, SharedBlocks
 from tensorserve.sources.parts import Filling
 
@@ -211,6 +211,17 @@ def test_a_fetcher_whose_source_fails_ends_without_a_word(
     source.broken = False
     loaded = load(PrefetchedSource(source, shared, 0, LoadProgress()))
     assert same(loaded, tensors)
+
+
+def test_a_rank_that_hangs_does_not_hold_up_the_other(
+    encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetcher waits for room that never comes; the rank fetches the rest itself."""
+    monkeypatch.setattr(prefetch, "_WAIT_SECONDS", 0.3)
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    with fetching(source, shared, budget=2 * BLOCK_BYTES):
+        assert same(load(PrefetchedSource(source, shared, 0, LoadProgress())), tensors)
 
 
 def test_memory_of_another_version_is_not_used(encrypted: bytes) -> None:
