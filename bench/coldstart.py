@@ -1,0 +1,243 @@
+"""From start to ready of real vLLM: this loader beside stock vLLM from disk and with dummy weights.
+
+    python -m bench.coldstart
+
+Ready is the first 200 of /health, asked for every 50 ms in the same way. vLLM's CPU build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import results, table
+from bench.directories import CACHE  # first: finds the demo's and the tests' modules
+from bench.model import ensure_model, parse_size
+from bench.one_run import run_alone
+from bench.page_cache import warm
+
+from running import BIN, CPU_ENVIRONMENT, Running, clean_environment  # isort: skip
+from s3server import S3Server, free_ports  # isort: skip
+from smollm2 import ensure_model as ensure_smollm2  # isort: skip
+
+BUCKET = "models"
+_POLL_SECONDS = 0.05
+_READY_SECONDS = 600.0
+# As in demo/demo.py, the same for all. Eager: else vLLM compiles for half a minute.
+_FLAGS = {"ENFORCE_EAGER": "true", "MAX_MODEL_LEN": "2048", "DTYPE": "float32"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model on local disk, and encrypted in the bucket."""
+
+    name: str
+    directory: Path
+    key_file: Path
+
+    @property
+    def uri(self) -> str:
+        """Of the encrypted bundle."""
+        return f"s3://{BUCKET}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Started:
+    """One start."""
+
+    seconds: float
+    phases: dict[str, float]
+
+
+def main() -> int:
+    """Measure, print the tables, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", default=5, type=int)
+    parser.add_argument("--size", default="1.5GB", type=parse_size, help="of the random model")
+    parser.add_argument(
+        "--models", nargs="+", choices=("smollm2", "random"), default=["smollm2", "random"]
+    )
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    return run_alone(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """All models; for each, the three kinds of start, interleaved."""
+    machine = results.machine()
+    tables: list[dict[str, Any]] = []
+    starts: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with (
+        S3Server(CACHE / "s3") as server,
+        tempfile.TemporaryDirectory(prefix="tensorserve-bench-") as temporary,
+    ):
+        server.make_bucket(BUCKET)
+        for name in options.models:
+            packed = _pack(name, options.size, server)
+            found = _compare(packed, server, Path(temporary), options.repetitions)
+            starts[packed.name] = {
+                kind: [vars(start) for start in made] for kind, made in found.items()
+            }
+            tables += _tables(packed, found)
+    content = {
+        "machine": machine,
+        "arguments": {n: str(v) for n, v in vars(options).items()},
+        "starts": starts,
+        "tables": tables,
+    }
+    path = results.write("coldstart", content, options.output)
+    table.show(path)
+    return 0
+
+
+def _compare(
+    packed: Packed, server: S3Server, directory: Path, repetitions: int
+) -> dict[str, list[Started]]:
+    weights = packed.directory / "model.safetensors"
+    kinds: dict[str, Callable[[], Started]] = {
+        "ours": lambda: _start_ours(packed, server, directory),
+        "safetensors": lambda: _start_stock(packed, directory),
+        "dummy": lambda: _start_stock(packed, directory, "--load-format", "dummy"),
+    }
+    print(f"\n{packed.name}", flush=True)
+    # Not counted: the first start reads vLLM's own files from disk.
+    kinds["dummy"]()
+    found: dict[str, list[Started]] = {kind: [] for kind in kinds}
+    for repetition in range(repetitions):
+        order = list(kinds)[repetition % 3 :] + list(kinds)[: repetition % 3]
+        for kind in order:
+            # The bucket's volumes are in the page cache too.
+            warm(weights)
+            started = kinds[kind]()
+            found[kind].append(started)
+            print(f"  {repetition + 1}/{repetitions}  {started.seconds:7.2f} s  {kind}", flush=True)
+    return found
+
+
+def _start_ours(packed: Packed, server: S3Server, directory: Path) -> Started:
+    """`tensorserve up`: encrypted weights from S3."""
+    port, metrics_port = free_ports(2)
+    state = directory / "state"
+    environment = (
+        clean_environment()
+        | CPU_ENVIRONMENT
+        | server.environment
+        | {f"TENSORSERVE_VLLM_{name}": value for name, value in _FLAGS.items()}
+        | {
+            "TENSORSERVE_MODEL_URI": packed.uri,
+            "TENSORSERVE_KEY_FILE": str(packed.key_file),
+            "TENSORSERVE_MODEL_NAME": "model",
+            "TENSORSERVE_HOST": "127.0.0.1",
+            "TENSORSERVE_PORT": str(port),
+            "TENSORSERVE_METRICS_HOST": "127.0.0.1",
+            "TENSORSERVE_METRICS_PORT": str(metrics_port),
+            "TENSORSERVE_STATE_DIR": str(state),
+            "TENSORSERVE_FAILURE_LINGER": "0",
+        }
+    )
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    words = [str(BIN / "tensorserve"), "up"]
+    seconds = _time(Running(words, environment, directory / "up.log", port))
+    report = subprocess.run(
+        [str(BIN / "tensorserve"), "report", "--json"],
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    phases: dict[str, float] = {}
+    for phase in json.loads(report.stdout)["phases"]:
+        if phase["phase"] != "ready":
+            phases[phase["phase"]] = phases.get(phase["phase"], 0.0) + phase["seconds"]
+    return Started(seconds, phases)
+
+
+def _start_stock(packed: Packed, directory: Path, *more: str) -> Started:
+    """Stock `vllm serve` of the directory on local disk, with the same flags."""
+    (port,) = free_ports(1)
+    flags: list[str] = []
+    for name, value in _FLAGS.items():
+        flag = "--" + name.lower().replace("_", "-")
+        flags += [flag] if value == "true" else [flag, value]
+    words = [str(BIN / "vllm"), "serve", str(packed.directory), "--host", "127.0.0.1"]
+    words += ["--port", str(port), "--served-model-name", "model", *flags, *more]
+    environment = clean_environment() | CPU_ENVIRONMENT
+    return Started(_time(Running(words, environment, directory / "vllm.log", port)), {})
+
+
+def _time(engine: Running) -> float:
+    """Seconds until /health answers 200; the engine is stopped afterwards."""
+    started = time.monotonic()
+    with engine:
+        assert engine.process is not None
+        while engine.get("/health")[0] != 200:
+            if engine.process.poll() is not None:
+                raise RuntimeError(f"it ended before it was ready:\n{engine.text[-4000:]}")
+            if time.monotonic() - started > _READY_SECONDS:
+                raise RuntimeError(f"not ready in time:\n{engine.text[-4000:]}")
+            time.sleep(_POLL_SECONDS)
+        return time.monotonic() - started
+
+
+def _pack(name: str, size: int, server: S3Server) -> Packed:
+    """The model's directory, and the encrypted bundle in the bucket, made once."""
+    if name == "smollm2":
+        packed = Packed("SmolLM2-135M-Instruct", ensure_smollm2(), CACHE / "smollm2.key")
+    else:
+        model = ensure_model(size)
+        packed = Packed(model.directory.name, model.hugging_face, model.key_file)
+    done = CACHE / "s3" / "uploaded" / packed.name
+    mark = str(packed.directory)
+    if packed.key_file.exists():
+        mark += hashlib.sha256(packed.key_file.read_bytes()).hexdigest()
+        if done.exists() and done.read_text() == mark:
+            return packed
+    words = ["tensorserve", "pack", str(packed.directory), packed.uri, "--encrypt", "--overwrite"]
+    words += ["--key-file", str(packed.key_file)]
+    environment = clean_environment() | server.environment
+    subprocess.run([str(BIN / words[0]), *words[1:]], env=environment, check=True)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(packed.key_file.read_bytes()).hexdigest()
+    done.write_text(str(packed.directory) + digest)
+    return packed
+
+
+def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, Any]]:
+    labels = {
+        "dummy": "stock vLLM, dummy weights (nothing is read)",
+        "safetensors": "stock vLLM, safetensors on local disk, in the page cache",
+        "ours": "tensorserve up, encrypted, from S3 on loopback",
+    }
+    size = (packed.directory / "model.safetensors").stat().st_size
+    base = [start.seconds for start in found["dummy"]]
+    rows = [("time, ratio to dummy", "", "seconds to ready")]
+    for kind, label in labels.items():
+        seconds = [start.seconds for start in found[kind]]
+        ratios = [mine / theirs for mine, theirs in zip(seconds, base, strict=True)]
+        ratio = "base" if kind == "dummy" else table.shown(results.spread(ratios), "×")
+        rows.append((ratio, label, table.shown(results.spread(seconds))))
+    tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready", "rows": rows}]
+    phases = [("share", "phase of our start", "seconds")]
+    whole = median(start.seconds for start in found["ours"])
+    for phase in found["ours"][0].phases:
+        seconds = [start.phases.get(phase, 0.0) for start in found["ours"]]
+        phases.append(
+            (f"{median(seconds) / whole:.0%}", phase, table.shown(results.spread(seconds)))
+        )
+    tables.append({"title": f"{packed.name}, phases", "rows": phases})
+    return tables
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The lines of the table: who, with which settings, compared with whom."""
+
+from __future__ import annotations
+
+from bench.running import Contestant
+
+_LOCAL = ("file-warm", "file-cold")
+_S3 = ("s3", "s3-like")
+# The likeliest first: what takes much longer than the best so far is given up.
+_READERS = ("readers", (8, 4, 16, 2, 32, 1))
+_CONCURRENCY = ("concurrency", (16, 8, 32, 64))
+_CONNECTIONS = ("connections", (16, 32, 8, 64, 4, 2))
+
+# Plain and encrypted loads have a base each; a safetensors file is a plain one.
+_SEALED, _OPEN = "tensorizer-encrypted", "tensorizer-plain"
+
+CONTESTANTS = (
+    Contestant("ours-encrypted", "this loader, encrypted", "ours", "encrypted", base=_SEALED),
+    Contestant(
+        _SEALED, "tensorizer, encrypted, default", "tensorizer_reader", "encrypted", base=_SEALED
+    ),
+    Contestant(
+        "tensorizer-encrypted-best",
+        "tensorizer, encrypted, best",
+        "tensorizer_reader",
+        "encrypted",
+        sweep=_READERS,
+        base=_SEALED,
+    ),
+    Contestant("ours-plain", "this loader, plain", "ours", "plain", base=_OPEN),
+    Contestant(_OPEN, "tensorizer, plain, default", "tensorizer_reader", "plain", base=_OPEN),
+    Contestant(
+        "tensorizer-plain-best",
+        "tensorizer, plain, best",
+        "tensorizer_reader",
+        "plain",
+        sweep=_READERS,
+        base=_OPEN,
+    ),
+    Contestant(
+        "runai",
+        "Run:ai streamer, plain, default",
+        "runai",
+        "safetensors",
+        base=_OPEN,
+        places=_LOCAL + _S3,
+    ),
+    Contestant(
+        "runai-best",
+        "Run:ai streamer, plain, best",
+        "runai",
+        "safetensors",
+        sweep=_CONCURRENCY,
+        base=_OPEN,
+        places=_LOCAL + _S3,
+    ),
+    Contestant(
+        "safetensors",
+        "safetensors load_file (mapped), plain",
+        "safetensors_file",
+        "safetensors",
+        base=_OPEN,
+        places=_LOCAL,
+    ),
+    Contestant(
+        "safetensors-download",
+        "boto3 download, then load_file, plain",
+        "safetensors_file",
+        "safetensors",
+        base=_OPEN,
+        places=_S3,
+    ),
+    Contestant(
+        "link",
+        "our client alone (bytes only), best",
+        "ours",
+        "encrypted",
+        options={"bytes_only": True},
+        sweep=_CONNECTIONS,
+        base=_SEALED,
+        moves_only=True,
+    ),
+)
