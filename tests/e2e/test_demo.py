@@ -80,7 +80,7 @@ def test_a_closed_terminal_stops_everything(tmp_path: Path) -> None:
         )
     wait_for_text(log, make, "import")
     assert children_of_demo() != set()
-    make.send_signal(signal.SIGHUP)
+    make.kill()  # where SIGHUP is ignored (nohup), it would live on
     make.wait(10)
     deadline = time.monotonic() + 30
     while session_processes(make.pid) or children_of_demo():
