@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,15 @@ def children_of_demo() -> set[int]:
             if b".cache/demo" in words or b"tensorserve-demo-" in words:
                 found.add(int(entry.name))
     return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that fails must not leave what makes the next one fail."""
+    yield
+    for pid in children_of_demo():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
