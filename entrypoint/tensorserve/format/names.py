@@ -33,6 +33,9 @@ def parse_name(raw: bytes) -> str:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise BadNameError("is not UTF-8") from None
+    # JSON would allow white space around and line breaks within; tensorizer does not.
+    if raw[1:2] != b"[" or raw[-1:] != b"]" or b"\n" in raw or b"\r" in raw:
+        raise BadNameError("is not a JSON array of keys on one line")
     try:
         path = json.loads(
             raw[1:].decode("ascii"),

@@ -67,7 +67,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "empty name": (lying_file(Entry(b"")), "is empty"),
     "name not UTF-8": (lying_file(Entry(b"\xff\xfe")), "not UTF-8"),
     "path not JSON": (lying_file(Entry(b"\x1e[1,")), "not a JSON array"),
-    "path an object": (lying_file(Entry(b'\x1e{"a":1}')), "something other"),
+    "path an object": (lying_file(Entry(b'\x1e{"a":1}')), "array of keys"),
     "path empty": (lying_file(Entry(b"\x1e[]")), "array of keys"),
     "path a string": (lying_file(Entry(b'\x1e"abc"')), "array of keys"),
     "path with a negative index": (lying_file(Entry(_path("a", -1))), "something other"),
