@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """All models; for each, the three kinds of start, interleaved."""
+    """All models; for each, the kinds of start, interleaved."""
     machine = results.machine()
     tables: list[dict[str, Any]] = []
     starts: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -107,6 +107,7 @@ def _compare(
     weights = packed.directory / "model.safetensors"
     kinds: dict[str, Callable[[], Started]] = {
         "ours": lambda: _start_ours(packed, server, directory),
+        "no-prefetch": lambda: _start_ours(packed, server, directory, prefetch="off"),
         "safetensors": lambda: _start_stock(packed, directory),
         "dummy": lambda: _start_stock(packed, directory, "--load-format", "dummy"),
     }
@@ -115,7 +116,8 @@ def _compare(
     kinds["dummy"]()
     found: dict[str, list[Started]] = {kind: [] for kind in kinds}
     for repetition in range(repetitions):
-        order = list(kinds)[repetition % 3 :] + list(kinds)[: repetition % 3]
+        turn = repetition % len(kinds)
+        order = list(kinds)[turn:] + list(kinds)[:turn]
         for kind in order:
             # The bucket's volumes are in the page cache too.
             warm(weights)
@@ -125,7 +127,9 @@ def _compare(
     return found
 
 
-def _start_ours(packed: Packed, server: S3Server, directory: Path) -> Started:
+def _start_ours(
+    packed: Packed, server: S3Server, directory: Path, prefetch: str = "auto"
+) -> Started:
     """`tensorserve up`: encrypted weights from S3."""
     port, metrics_port = free_ports(2)
     state = directory / "state"
@@ -144,6 +148,7 @@ def _start_ours(packed: Packed, server: S3Server, directory: Path) -> Started:
             "TENSORSERVE_METRICS_PORT": str(metrics_port),
             "TENSORSERVE_STATE_DIR": str(state),
             "TENSORSERVE_FAILURE_LINGER": "0",
+            "TENSORSERVE_PREFETCH": prefetch,
         }
     )
     if "PYTHONPATH" in os.environ:
@@ -218,6 +223,7 @@ def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, A
         "dummy": "stock vLLM, dummy weights (nothing is read)",
         "safetensors": "stock vLLM, safetensors on local disk, in the page cache",
         "ours": "tensorserve up, encrypted, from S3 on loopback",
+        "no-prefetch": "the same, nothing fetched ahead",
     }
     size = (packed.directory / "model.safetensors").stat().st_size
     base = [start.seconds for start in found["dummy"]]
@@ -228,14 +234,14 @@ def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, A
         ratio = "base" if kind == "dummy" else table.shown(results.spread(ratios), "×")
         rows.append((ratio, label, table.shown(results.spread(seconds))))
     tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready", "rows": rows}]
-    phases = [("share", "phase of our start", "seconds")]
-    whole = median(start.seconds for start in found["ours"])
-    for phase in found["ours"][0].phases:
-        seconds = [start.phases.get(phase, 0.0) for start in found["ours"]]
-        phases.append(
-            (f"{median(seconds) / whole:.0%}", phase, table.shown(results.spread(seconds)))
-        )
-    tables.append({"title": f"{packed.name}, phases", "rows": phases})
+    for kind, title in (("ours", "phases"), ("no-prefetch", "phases, nothing fetched ahead")):
+        phases = [("share", "phase of our start", "seconds")]
+        whole = median(start.seconds for start in found[kind])
+        for phase in found[kind][0].phases:
+            seconds = [start.phases.get(phase, 0.0) for start in found[kind]]
+            share = f"{median(seconds) / whole:.0%}"
+            phases.append((share, phase, table.shown(results.spread(seconds))))
+        tables.append({"title": f"{packed.name}, {title}", "rows": phases})
     return tables
 
 

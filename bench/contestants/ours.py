@@ -47,7 +47,8 @@ def load(job: Job) -> Loaded:
             opened.index.tensors,
             encrypted=opened.index.encrypted,
             key=opened.key,
-            options=LoadOptions(connections=connections) if connections else LoadOptions(),
+            # As the engine does: page-locked memory for what goes on to a GPU.
+            options=LoadOptions(connections=connections, pinned=device.startswith("cuda")),
             progress=progress,
         )
         with stream:

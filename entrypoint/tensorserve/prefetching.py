@@ -7,7 +7,8 @@ import time
 
 from tensorserve import sources
 from tensorserve.loading import LoadProgress
-from tensorserve.loading.prefetch import Prefetcher, SharedBlocks
+from tensorserve.loading.prefetch import Prefetcher
+from tensorserve.loading.shared import SharedBlocks
 from tensorserve.opening import access_for
 from tensorserve.plan import LaunchPlan
 from tensorserve.settings import Settings

@@ -24,7 +24,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
-from tensorserve.loading.prefetch import PrefetchedSource, SharedBlocks
+from tensorserve.loading.prefetch import PrefetchedSource
+from tensorserve.loading.shared import SharedBlocks
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.prefetching import prefetch_budget
 from tensorserve.settings import Settings

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tensorserve.loading.progress import LoadProgress
+from tensorserve.loading.progress import LoadProgress, report_every
 
 if TYPE_CHECKING:
-    from tensorserve.loading.pipeline import LoadOptions, TensorStream, report_every
+    from tensorserve.loading.pipeline import LoadOptions, TensorStream
 
 __all__ = ["LoadOptions", "LoadProgress", "TensorStream", "report_every"]
 

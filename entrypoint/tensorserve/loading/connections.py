@@ -12,10 +12,16 @@ _WORTH = {2: 1.3, 4: 1.5}
 # As long as the rate follows a step that closely, each connection has a limit of its own, and the
 # next step may be as large.
 _LINEAR = 0.8
-# Seconds until new connections run, and that a rate is measured over.
-_SETTLE, _MEASURE = 0.15, 0.2
-# A link may change: every so often one more step is tried.
+# Seconds until new connections run, where the first byte took no longer; and that a rate is
+# measured over.
+_SETTLE, _MEASURE = 0.06, 0.12
+_SLOW_START = 0.5
+# Between looks at whether the first byte has come.
+_POLL = 0.01
+# A link may change: every so often one more step is tried, and at once where the rate falls that
+# far below what it was (what was fetched ahead is used up).
 _AGAIN = 3.0
+_FALLEN = 0.6
 REMOTE_START, REMOTE_MOST = 16, MOST_CONNECTIONS
 
 
@@ -38,31 +44,42 @@ class Connections:
         self._most = most
         self._received = received
         self._clock = clock
+        self._begun: tuple[float, int] | None = None  # when, and what had come before
+        self._settle: float | None = None  # seconds; None: nothing has come yet
         self._before: tuple[int, float] | None = None  # connections and rate before the last step
         self._mark: tuple[float, int] | None = None
         self._factor = 4
-        self._begun = False
-        self._holding = start >= most
+        self._held: tuple[float, float] | None = None  # since when no step helps, and the rate then
 
     def step(self) -> float:
         """Measure and decide."""
         now, received = self._clock(), self._received()
-        if not self._begun:
-            self._begun = True
-            return _SETTLE
-        if self._holding:
-            self._holding = self.target >= self._most
-            self._before = None
-            self._mark = None
-            return _SETTLE if not self._holding else _AGAIN
+        if self._settle is None:
+            return self._wait_for_first(now, received)
         if self._mark is None:
             self._mark = (now, received)
             return _MEASURE
         began, had = self._mark
         self._mark = None
         rate = (received - had) / max(now - began, 1e-6)
+        if self._held is not None:
+            return self._hold(now, rate)
         if not rate:
-            return _SETTLE  # nothing has come yet: no verdict
+            return self._settle  # no verdict
+        return self._climb(now, rate)
+
+    def _wait_for_first(self, now: float, received: int) -> float:
+        """New connections take about as long to run as the first ones did."""
+        if self._begun is None:
+            self._begun = now, received
+        began, had = self._begun
+        if received == had:
+            return _POLL
+        self._settle = min(max(_SETTLE, 1.5 * (now - began)), _SLOW_START)
+        return _SETTLE
+
+    def _climb(self, now: float, rate: float) -> float:
+        assert self._settle is not None
         factor = self._factor
         if self._before is not None:
             before, slower = self._before
@@ -71,13 +88,26 @@ class Connections:
                 self._before = None
                 self._factor = 2
                 # After a step of four there is a number between.
-                self._holding = factor == 2
-                return _AGAIN if self._holding else _SETTLE
+                if factor == 2:
+                    self._held = now, max(rate, slower)
+                return self._settle
             if rate < _LINEAR * factor * slower:
                 self._factor = factor = 2
         if self.target >= self._most:
-            self._holding = True
-            return _AGAIN
+            self._held = now, rate
+            return self._settle
         self._before = (self.target, rate)
         self.target = min(self._most, self.target * factor)
-        return _SETTLE
+        return self._settle
+
+    def _hold(self, now: float, rate: float) -> float:
+        assert self._held is not None
+        assert self._settle is not None
+        since, held = self._held
+        # Nothing at all: the consumer is what is waited for.
+        fallen = 0 < rate < _FALLEN * held
+        if self.target < self._most and (fallen or now - since > _AGAIN):
+            self._factor = 4 if fallen else 2
+            self._held = None
+            self._before = None
+        return self._settle

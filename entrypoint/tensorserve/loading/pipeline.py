@@ -25,17 +25,16 @@ import torch
 from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, TensorRecord
 from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
-from tensorserve.loading.memory import Buffers, HostMemory
+from tensorserve.loading.memory import HostMemory
 from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES, Job, Schedule
+from tensorserve.loading.reader import Reader
+from tensorserve.loading.schedule import Schedule
 from tensorserve.sources import Source
 
-# A part that takes this long while another connection has nothing to do is read a second time.
-_DOUBLE_SECONDS = 0.5
 _IDLE_SECONDS = 0.02
-# Small tensors read together, and their headers.
-_BATCH = BATCH_BYTES + 256 * 1024
+# For a connection that does not help at the moment.
+_SURPLUS_SECONDS = 0.1
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
 
@@ -96,9 +95,15 @@ class TensorStream:
         # what is still sealed.
         self._ahead_limit = options.ahead_bytes // 2
         self._memory = HostMemory(options.ahead_bytes // 8, pinned=options.pinned)
-        part_buffers = max(4, options.ahead_bytes * 5 // 16 // PART_BYTES)
-        self._buffers = Buffers(PART_BYTES, part_buffers)
-        self._batch_buffers = Buffers(_BATCH, max(2, options.ahead_bytes // 16 // _BATCH))
+        self._reader = Reader(
+            source,
+            self._opener,
+            self._schedule,
+            progress,
+            encrypted=encrypted,
+            memory_limit=options.ahead_bytes * 3 // 8,
+            finished=self._finished,
+        )
         self._order: SimpleQueue[Pending | None] = SimpleQueue()
         self._free = threading.Condition()
         self._ahead = 0
@@ -106,17 +111,14 @@ class TensorStream:
         self._stopped = threading.Event()
         self._left = len(records)
         self._to_open = len(records)
-        self._connections = _connections(source, options, progress, part_buffers)
+        self._connections = _connections(source, options, progress, self._reader.part_buffers)
         self._threads: list[threading.Thread] = []
         self._staffed = 0
-        # What plain files hold needs no opening, and is received where it belongs.
-        self._apart = encrypted and source.remote
-        self._received: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def __enter__(self) -> TensorStream:
-        if self._apart:
+        if self._reader.apart:
             for number in range(len(self._options.processors)):
-                self._run(self._open_what_comes, f"tensorserve-load-open-{number}")
+                self._run(self._reader.open_what_comes, f"tensorserve-load-open-{number}")
         self._staff()
         if self._options.connections is None:
             self._run(self._adapt, "tensorserve-load-adapt")
@@ -188,11 +190,7 @@ class TensorStream:
     def _stop(self) -> None:
         self._stopped.set()
         self._order.put(None)
-        self._buffers.close()
-        self._batch_buffers.close()
-        if self._apart:
-            for _ in range(len(self._options.processors)):
-                self._received.put(None)
+        self._reader.stop()
         with self._free:
             self._free.notify_all()
 
@@ -213,21 +211,17 @@ class TensorStream:
     def _work(self, number: int) -> None:
         while self._to_open and not self._stopped.is_set():
             if number >= self._connections.target:
-                self._stopped.wait(_IDLE_SECONDS)
+                self._stopped.wait(_SURPLUS_SECONDS)
                 continue
             job = self._schedule.claim(self._connections.target) or self._schedule.steal()
             if job is not None:
                 try:
-                    self._do(job)
+                    self._reader.do(job)
                 finally:
                     self._schedule.end(job)
                 self._source.passed(min(self._schedule.low_water(), self._source.size))
-            elif not self._double():
+            elif not self._reader.double():
                 self._stopped.wait(_IDLE_SECONDS)
-
-    def _open_what_comes(self) -> None:
-        while (opening := self._received.get()) is not None:
-            opening()
 
     def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[Pending, ...]:
         """Wait for room, then set the tensors up, all of them or none.
@@ -264,134 +258,16 @@ class TensorStream:
             self._ahead -= budget
             self._free.notify_all()
 
-    def _do(self, job: Job[Pending]) -> None:
-        if job.batch:
-            self._do_batch(job)
-        else:
-            self._do_parts(job)
-
-    def _do_batch(self, job: Job[Pending]) -> None:
-        """Small tensors, whole, in one read."""
-        first, last = job.tensors[0].record, job.tensors[-1].record
-        length = last.end - first.header_offset
-        buffer = self._batch_buffers.take() if length <= _BATCH else memoryview(bytearray(length))
-        started = time.monotonic()
-        self._source.read_into(first.header_offset, buffer[:length])
-        count = sum(tensor.record.length for tensor in job.tensors)
-        self._progress.stage("fetch", count, time.monotonic() - started)
-        self._soon(partial(self._open_batch, job.tensors, buffer))
-
-    def _soon(self, opening: Callable[[], None]) -> None:
-        """Now, or by one of the threads that open what all connections receive."""
-        if self._apart:
-            self._received.put(opening)
-        else:
-            opening()
-
-    def _open_batch(self, tensors: tuple[Pending, ...], data: memoryview) -> None:
-        first = tensors[0].record.header_offset
-        for tensor in tensors:
-            record = tensor.record
-            begin = record.header_offset - first
-            body = begin + record.header_length
-            self._opener.take_header(tensor, data[begin:body])
-            self._take(tensor, 0, data[body : body + record.length])
-        if len(data) == _BATCH:
-            self._batch_buffers.give_back(data)
-
-    def _do_parts(self, job: Job[Pending]) -> None:
-        """A run of parts of a large tensor, in one request, each opened as soon as it is there."""
-        (tensor,) = job.tensors
-        record, first = tensor.record, job.next
-        header = memoryview(bytearray(record.header_length if first == 0 else 0))
-        lengths = [len(header), *(_part_length(record, part) for part in range(first, job.stop))]
-        offset = record.data_offset + first * PART_BYTES - len(header)
-        buffer = header
-        started = time.monotonic()
-
-        def memory(number: int) -> memoryview:
-            nonlocal buffer
-            if number == 0:
-                return header
-            start = (first + number - 1) * PART_BYTES
-            if not self._encrypted:
-                buffer = tensor.view[start : start + lengths[number]]
-            elif self._apart or number == 1:
-                buffer = self._buffers.take()
-            return buffer[: lengths[number]]
-
-        def arrived(number: int) -> bool:
-            nonlocal started
-            if number == 0:
-                if header:
-                    self._opener.take_header(tensor, header)
-                return not self._stopped.is_set()
-            count, part = lengths[number], first + number - 1
-            self._progress.stage("fetch", count, time.monotonic() - started)
-            if self._apart:
-                self._soon(partial(self._open_buffer, tensor, part, buffer, count))
-            else:
-                self._open_part(tensor, part, buffer[:count])
-            started = time.monotonic()
-            return self._schedule.passed(job) and not self._stopped.is_set()
-
-        self._source.read_parts(offset, lengths, memory, arrived)
-        if self._encrypted and not self._apart:
-            self._buffers.give_back(buffer)
-
-    def _open_buffer(self, tensor: Pending, part: int, buffer: memoryview, count: int) -> None:
-        if not tensor.header_known.wait(_IDLE_SECONDS) and not self._stopped.is_set():
-            # Its header is slow; others need not wait for it.
-            self._soon(partial(self._open_buffer, tensor, part, buffer, count))
-            return
-        self._open_part(tensor, part, buffer[:count])
-        self._buffers.give_back(buffer)
-
-    def _double(self) -> bool:
-        """Read what another connection is slow with a second time; whoever is first opens it."""
-        # What is plain goes straight to its place, where two must not write.
-        found = self._schedule.double(_DOUBLE_SECONDS) if self._encrypted else None
-        if found is None:
-            return False
-        tensor, part = found
-        record = tensor.record
-        if part == 0 and not tensor.header_known.is_set():
-            header = self._source.read(record.header_offset, record.header_length)
-            self._opener.take_header(tensor, memoryview(header))
-        if tensor.header_known.is_set():
-            buffer = self._buffers.take()
-            data = buffer[: _part_length(record, part)]
-            self._source.read_into(record.data_offset + part * PART_BYTES, data)
-            self._open_part(tensor, part, data)
-            self._buffers.give_back(buffer)
-        return True
-
-    def _open_part(self, tensor: Pending, part: int, data: memoryview) -> None:
-        with tensor.lock:
-            if part in tensor.opened:
-                return  # the other connection was first
-            tensor.opened.add(part)
-        # The job with the header was given out before this one, and waits for nobody.
-        while not tensor.header_known.wait(0.1):
-            if self._stopped.is_set():
-                return
-        self._take(tensor, part * PART_BYTES, data)
-
-    def _take(self, tensor: Pending, start: int, data: memoryview) -> None:
-        if self._opener.take(tensor, start, data):
-            with self._free:
-                self._to_open -= 1
-            tensor.done.set()
+    def _finished(self, tensor: Pending) -> None:
+        with self._free:
+            self._to_open -= 1
+        tensor.done.set()
 
 
 def _run_on(processors: frozenset[int]) -> None:
     """vLLM binds its worker, and with it every thread made there, to some of the processors."""
     with suppress(OSError):  # they may have been taken away meanwhile
         os.sched_setaffinity(0, processors)
-
-
-def _part_length(record: TensorRecord, part: int) -> int:
-    return min(PART_BYTES, record.length - part * PART_BYTES)
 
 
 def _connections(
@@ -413,22 +289,3 @@ def _shaped(record: TensorRecord, memory: torch.Tensor) -> torch.Tensor:
         # tensorizer gives zeros for a tensor that was on the meta device when it was written.
         return torch.zeros(record.shape, dtype=dtype)
     return memory.view(dtype).reshape(record.shape)
-
-
-def report_every(seconds: float, report: Callable[[], None]) -> Callable[[], None]:
-    """Call `report` every so often until the returned function is called (and once more then)."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            report()
-
-    thread = threading.Thread(target=run, name="tensorserve-progress", daemon=True)
-    thread.start()
-
-    def end() -> None:
-        stop.set()
-        thread.join()
-        report()
-
-    return end

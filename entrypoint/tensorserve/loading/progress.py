@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 
@@ -55,3 +56,22 @@ class LoadProgress:
                 "requests": self._requests,
                 "retries": dict(self._retries),
             }
+
+
+def report_every(seconds: float, report: Callable[[], None]) -> Callable[[], None]:
+    """Call `report` every so often until the returned function is called (and once more then)."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            report()
+
+    thread = threading.Thread(target=run, name="tensorserve-progress", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        stop.set()
+        thread.join()
+        report()
+
+    return end

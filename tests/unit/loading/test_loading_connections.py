@@ -60,6 +60,34 @@ def test_it_follows_a_link_that_becomes_faster() -> None:
     assert link.connections.target == 256
 
 
+def test_it_climbs_at_once_where_the_rate_falls() -> None:
+    """What was fetched ahead came from memory; then the network's own limits begin to count."""
+    link = Link(lambda _: 2000 * MB)
+    link.run(2)
+    assert link.connections.target <= 32
+    link.rate = lambda n: min(n * 10, 600) * MB
+    link.run(1)
+    assert 48 <= link.connections.target <= 128
+
+
+def test_it_is_quick_where_the_link_is() -> None:
+    """Four times as many connections after some 200 ms, on a link that answers in 20."""
+    link = Link(lambda n: n * 10 * MB)
+    link.run(0.02)
+    link.run(0.2)
+    assert link.connections.target == 64
+
+
+def test_a_consumer_that_takes_nothing_is_no_slow_link() -> None:
+    """While nothing moves, nothing is learnt from it."""
+    link = Link(lambda _: 900 * MB)
+    link.run(2)
+    before = link.connections.target
+    link.rate = lambda _: 0.0
+    link.run(2)
+    assert link.connections.target <= max(32, before)
+
+
 def test_a_number_that_was_asked_for_is_kept() -> None:
     """TENSORSERVE_FETCH_CONNECTIONS."""
     connections = Connections(5, 5, lambda: 0)

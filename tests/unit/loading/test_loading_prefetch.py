@@ -15,7 +15,8 @@ from tensorserve.errors import SourceUnavailableError
 from tensorserve.format import read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetch
-from tensorserve.loading.prefetch import BLOCK_BYTES, PrefetchedSource, Prefetcher, SharedBlocks
+from tensorserve.loading.prefetch import PrefetchedSource, Prefetcher
+from tensorserve.loading.shared import BLOCK_BYTES, SharedBlocks
 from tensorserve.sources.parts import Filling
 
 MIB = 1024**2

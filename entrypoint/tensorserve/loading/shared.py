@@ -1,0 +1,152 @@
+"""A file's bytes in memory that processes share: what is there of it, and who still needs what.
+
+Only what stands in the file is in this memory: of an encrypted model nothing in plain text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+
+from tensorserve.sources import Source
+
+BLOCK_BYTES = 8 * 1024**2
+MAX_RANKS = 64
+ABSENT, ON_ITS_WAY, THERE = range(3)
+# Magic, file's size, digest of what pins its version, ranks.
+_FIXED = struct.Struct("<8sQ32sI")
+_MAGIC = b"tsfetch1"
+_STOP = 64  # one byte: fetch nothing new
+_POSITIONS = 128  # u64 for each rank: it needs nothing before that offset
+_STATES = _POSITIONS + 8 * MAX_RANKS
+_FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
+
+
+class SharedBlocks:
+    """The memory: a header page or more, then the file's own bytes, each at its own offset."""
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor`: a memfd made by `create`. Raises ValueError if it is none."""
+        self._fd = descriptor
+        self._head = mmap.mmap(descriptor, mmap.PAGESIZE)
+        magic, self.size, self._version, self.ranks = _FIXED.unpack_from(self._head)
+        if magic != _MAGIC:
+            raise ValueError("not a memory of fetched blocks")
+        self.blocks = -(-self.size // BLOCK_BYTES)
+        self._base = _header_bytes(self.blocks)
+        if self._base > mmap.PAGESIZE:
+            self._head = mmap.mmap(descriptor, self._base)
+
+    @classmethod
+    def create(cls, size: int, version: str | None, ranks: int) -> SharedBlocks:
+        """Memory for a file; nothing of it is used yet."""
+        descriptor = os.memfd_create("tensorserve-prefetch", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, _header_bytes(-(-size // BLOCK_BYTES)) + size)
+        head = _FIXED.pack(_MAGIC, size, _digest(version), ranks)
+        os.pwrite(descriptor, head, 0)
+        return cls(descriptor)
+
+    @property
+    def path(self) -> str:
+        """Where other processes open it, as long as this process lives and keeps it."""
+        os.set_inheritable(self._fd, True)
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def fits(self, source: Source) -> bool:
+        """Whether these are the bytes of `source`."""
+        return bool(self.size == source.size and self._version == _digest(source.version))
+
+    def state(self, block: int) -> int:
+        return self._head[_STATES + block]
+
+    def set_state(self, block: int, state: int) -> None:
+        self._head[_STATES + block] = state
+
+    def position(self, rank: int) -> int:
+        return int(struct.unpack_from("<Q", self._head, _POSITIONS + 8 * rank)[0])
+
+    def advance(self, rank: int, offset: int) -> None:
+        """`rank` needs nothing before `offset` any more."""
+        struct.pack_into("<Q", self._head, _POSITIONS + 8 * rank, offset)
+
+    @property
+    def all_passed(self) -> bool:
+        """Whether no rank needs anything any more."""
+        return all(self.position(rank) >= self.size for rank in range(self.ranks))
+
+    def stop(self) -> None:
+        """Let the fetcher begin nothing new."""
+        self._head[_STOP] = 1
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._head[_STOP])
+
+    def reopen(self) -> SharedBlocks:
+        """The same memory by a descriptor of this process's own: a lock belongs to one opening."""
+        return SharedBlocks(os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC))
+
+    def hold(self) -> None:
+        """Called by the fetcher: as long as it lives, `held` is true for the others."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """The fetcher is at its end."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    @property
+    def held(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return False
+
+    def block(self, number: int) -> memoryview:
+        """A block's memory, for the fetcher."""
+        start = self._base + number * BLOCK_BYTES
+        length = min(BLOCK_BYTES, self.size - number * BLOCK_BYTES)
+        # mmap wants page boundaries; blocks and header are multiples of a page.
+        return memoryview(mmap.mmap(self._fd, length, offset=start))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Copy what is there; the caller has seen the block's state."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], self._base + offset + done)
+            if not count:
+                raise OSError("the shared memory is gone")
+            done += count
+
+    def free(self, number: int) -> None:
+        """Give a block's memory back to the system."""
+        self.set_state(number, ABSENT)
+        start = self._base + number * BLOCK_BYTES
+        length = min(BLOCK_BYTES, self.size - number * BLOCK_BYTES)
+        _fallocate(self._fd, _FALLOC_PUNCH_HOLE, start, length)
+
+    def free_all(self) -> None:
+        """Give everything back."""
+        for number in range(self.blocks):
+            if self.state(number) != ABSENT:
+                self.free(number)
+
+
+def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    function = ctypes.CDLL(None, use_errno=True).fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+    if function(descriptor, mode, offset, length):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def _header_bytes(blocks: int) -> int:
+    return -(-(_STATES + blocks) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _digest(version: str | None) -> bytes:
+    return hashlib.sha256((version or "").encode()).digest()
