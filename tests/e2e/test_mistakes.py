@@ -325,8 +325,12 @@ def test_the_metrics_outlive_a_failure_until_they_were_asked(up: Up, encrypted: 
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
-        status, body = request(f"http://127.0.0.1:{environ['TENSORSERVE_METRICS_PORT']}/metrics")
-        assert status == 200
+        url = f"http://127.0.0.1:{environ['TENSORSERVE_METRICS_PORT']}/metrics"
+        # The mistake may be found before the exporter is up.
+        while (answer := request(url))[0] != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        body = answer[1]
         assert 'tensorserve_failures_total{reason="wrong_key"} 1.0' in body.decode()
         # 120 s if it did not notice.
         assert process.wait(30) == 65
