@@ -16,7 +16,7 @@ from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connectio
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.shared import ABSENT, BLOCK_BYTES, ON_ITS_WAY, THERE, SharedBlocks
 from tensorserve.sources import Source
-from tensorserve.sources.parts import Filling
+from tensorserve.sources.parts import Filling, ReadsParts
 
 _POLL_SECONDS = 0.002
 # For one block that the fetcher does not bring.
@@ -114,7 +114,7 @@ class Prefetcher:
             self._freed += 1
 
 
-class PrefetchedSource:
+class PrefetchedSource(ReadsParts):
     """`source`, of which some blocks are in memory already; for one rank."""
 
     def __init__(
@@ -132,10 +132,6 @@ class PrefetchedSource:
         self._given_up = False
         if shared.ranks == 1:
             shared.stop()
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """From memory where it is there, else from the source."""
-        self.read_parts(offset, [len(buffer)], lambda _: buffer, lambda _: True)
 
     def read_parts(
         self,
@@ -164,12 +160,6 @@ class PrefetchedSource:
             else:
                 self._source.read_parts(place, *parts.rest())
                 return
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`."""
-        data = bytearray(length)
-        self.read_into(offset, memoryview(data))
-        return bytes(data)
 
     def passed(self, offset: int) -> None:
         """Nothing before `offset` is needed any more."""

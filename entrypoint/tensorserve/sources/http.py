@@ -22,7 +22,7 @@ from tensorserve.secret import redact_uri
 from tensorserve.sources.addresses import host_and_port, refuse_metadata
 from tensorserve.sources.answers import watch_headers
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, RetryPolicy, Unobserved
-from tensorserve.sources.parts import Filling, go_on
+from tensorserve.sources.parts import Filling, ReadsParts
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
 from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
 
@@ -56,7 +56,7 @@ class Signer(Protocol):
         """A better error than the status alone gives (TryAgain, where it passes), or None."""
 
 
-class HttpSource:
+class HttpSource(ReadsParts):
     """One object behind an HTTP(S) URL."""
 
     remote = True
@@ -102,10 +102,6 @@ class HttpSource:
 
     # What sources do -----------------------------------------------------------------------------
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`; resumes where a connection broke, bound to one version."""
-        self.read_parts(offset, [len(buffer)], lambda _: buffer, go_on)
-
     def read_parts(
         self,
         offset: int,
@@ -113,13 +109,9 @@ class HttpSource:
         memory: Callable[[int], memoryview],
         on_part: Callable[[int], bool],
     ) -> None:
-        """As `read_into`, for neighbouring parts in one request; see `Source`."""
+        """In one request, resumed where a connection broke, bound to one version."""
         filling = Filling(lengths, memory, on_part)
-        stop = offset + filling.length
-        if offset < 0 or stop > self.size:
-            raise CorruptError(
-                f"{self.name}: bytes {offset} to {stop} are beyond its end ({self.size} bytes)."
-            )
+        stop = self.within(offset, filling)
         if stop <= len(self._head):
             filling.take(self._head[offset:stop])
             return
@@ -132,15 +124,6 @@ class HttpSource:
                     self._renew(refused, attempts)
             except TryAgain as cause:
                 attempts.failed(cause)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`."""
-        data = bytearray(length)
-        self.read_into(offset, memoryview(data))
-        return bytes(data)
-
-    def passed(self, offset: int) -> None:
-        """Nothing is kept here that could go."""
 
     def close(self) -> None:
         """Close all connections."""

@@ -15,10 +15,10 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.sources.base import FetchObserver, NotFoundError, Unobserved
-from tensorserve.sources.parts import Filling, go_on
+from tensorserve.sources.parts import Filling, ReadsParts
 
 
-class LocalSource:
+class LocalSource(ReadsParts):
     """One file. Its identity is checked at every read: a file that changes is not a version."""
 
     remote = False
@@ -46,10 +46,6 @@ class LocalSource:
         self.size = info.st_size
         self.version: str | None = _identity(info)
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`. Raises CorruptError if the file changed or is too short."""
-        self.read_parts(offset, [len(buffer)], lambda _: buffer, go_on)
-
     def read_parts(
         self,
         offset: int,
@@ -57,13 +53,9 @@ class LocalSource:
         memory: Callable[[int], memoryview],
         on_part: Callable[[int], bool],
     ) -> None:
-        """As `read_into`, for neighbouring parts; see `Source`."""
+        """See `Source`. Raises CorruptError if the file changed or is too short."""
         filling = Filling(lengths, memory, on_part)
-        stop = offset + filling.length
-        if offset < 0 or stop > self.size:
-            raise CorruptError(
-                f"{self.name}: bytes {offset} to {stop} are beyond its end ({self.size} bytes)."
-            )
+        self.within(offset, filling)
         self._observer.request()
         while not filling.finished:
             wanted = filling.wanted
@@ -85,15 +77,6 @@ class LocalSource:
                     hint="Start again; put new models under a new name instead of over an old one.",
                 )
             filling.add(count)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`."""
-        data = bytearray(length)
-        self.read_into(offset, memoryview(data))
-        return bytes(data)
-
-    def passed(self, offset: int) -> None:
-        """Nothing is kept here that could go."""
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""

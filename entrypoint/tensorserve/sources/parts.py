@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+
+from tensorserve.errors import CorruptError
 
 
 def go_on(_part: int) -> bool:
@@ -78,3 +81,42 @@ class Filling:
     def _skip_empty(self) -> None:
         while not self.finished and not self._lengths[self._part]:
             self._next()
+
+
+class ReadsParts(ABC):
+    """A `Source` whose reads are all made of `read_parts`."""
+
+    name: str
+    size: int
+
+    @abstractmethod
+    def read_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        memory: Callable[[int], memoryview],
+        on_part: Callable[[int], bool],
+    ) -> None:
+        """See `Source`."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` wholly from `offset`, or raise one of our errors."""
+        self.read_parts(offset, [len(buffer)], lambda _: buffer, go_on)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`."""
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def passed(self, offset: int) -> None:  # noqa: B027 - nothing to do is right for most
+        """Nothing is kept here that could go."""
+
+    def within(self, offset: int, filling: Filling) -> int:
+        """Where `filling` from `offset` on ends. Raises CorruptError beyond the object's end."""
+        stop = offset + filling.length
+        if offset < 0 or stop > self.size:
+            raise CorruptError(
+                f"{self.name}: bytes {offset} to {stop} are beyond its end ({self.size} bytes)."
+            )
+        return stop
