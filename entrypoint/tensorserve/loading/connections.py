@@ -12,9 +12,10 @@ _WORTH = {2: 1.3, 4: 1.5}
 # As long as the rate follows a step that closely, each connection has a limit of its own, and the
 # next step may be as large.
 _LINEAR = 0.8
-# Seconds until new connections run, where the first byte took no longer; and that a rate is
-# measured over.
-_SETTLE, _MEASURE = 0.06, 0.12
+# Seconds until new connections run (longer where the first byte took longer), and that a rate is
+# measured over. Shorter ones take a start for a limit: the rate before a step seems too low, and
+# the step worth it.
+_SETTLE, _MEASURE = 0.15, 0.15
 _SLOW_START = 0.5
 # Between looks at whether the first byte has come.
 _POLL = 0.01
@@ -75,8 +76,9 @@ class Connections:
         began, had = self._begun
         if received == had:
             return _POLL
-        self._settle = min(max(_SETTLE, 1.5 * (now - began)), _SLOW_START)
-        return _SETTLE
+        first = 1.5 * (now - began)
+        self._settle = min(max(_SETTLE, first), _SLOW_START)
+        return min(first, _SLOW_START)
 
     def _climb(self, now: float, rate: float) -> float:
         assert self._settle is not None
@@ -107,7 +109,7 @@ class Connections:
         # Nothing at all: the consumer is what is waited for.
         fallen = 0 < rate < _FALLEN * held
         if self.target < self._most and (fallen or now - since > _AGAIN):
-            self._factor = 4 if fallen else 2
+            self._factor = 2
             self._held = None
             self._before = None
         return self._settle

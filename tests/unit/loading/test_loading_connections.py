@@ -66,7 +66,7 @@ def test_it_climbs_at_once_where_the_rate_falls() -> None:
     link.run(2)
     assert link.connections.target <= 32
     link.rate = lambda n: min(n * 10, 600) * MB
-    link.run(1)
+    link.run(1.5)
     assert 48 <= link.connections.target <= 128
 
 
