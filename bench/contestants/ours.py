@@ -33,7 +33,10 @@ def load(job: Job) -> Loaded:
 
     Option `connections`: else automatic.
     """
+    import torch
+
     from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+    from tensorserve.loading.staging import Staging
 
     if job.options.get("bytes_only"):
         return _read_only(job)
@@ -47,13 +50,15 @@ def load(job: Job) -> Loaded:
             opened.index.tensors,
             encrypted=opened.index.encrypted,
             key=opened.key,
-            # As the engine does: page-locked memory for what goes on to a GPU.
-            options=LoadOptions(connections=connections, pinned=device.startswith("cuda")),
+            options=LoadOptions(connections=connections),
             progress=progress,
+            # As the engine does for what goes on to a GPU.
+            staging=Staging(torch.device(device), 128 * 1024**2)
+            if device.startswith("cuda")
+            else None,
         )
         with stream:
-            # To the CPU, `to` copies nothing.
-            tensors = {record.name: tensor.to(device) for record, tensor in stream}
+            tensors = {record.name: tensor for record, tensor in stream}
     finally:
         opened.source.close()
     synchronize(device)

@@ -26,6 +26,7 @@ from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
+from tensorserve.loading.staging import Staging
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.prefetching import prefetch_budget
 from tensorserve.settings import Settings
@@ -93,10 +94,14 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             )
             if is_vllm_layout(opened.index):
                 targets = model.state_dict(keep_vars=True)
-                tensors = self._stream(opened, records, lambda record: home(targets, record))
+                staging = self._staging()
+                here = self._device if staging is not None else torch.device("cpu")
+                tensors = self._stream(
+                    opened, records, staging, lambda record: home(targets, record, here)
+                )
                 copy_in_place(model, tensors)
             else:
-                tensors = self._stream(opened, records)
+                tensors = self._stream(opened, records, self._staging())
                 # Every vLLM model has it; torch's Module does not know.
                 loaded: set[str] | None = model.load_weights(tensors)  # type: ignore[operator]
                 if model_config.quantization is None and loaded is not None:
@@ -169,13 +174,12 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self,
         opened: OpenTensors,
         records: list[TensorRecord],
+        staging: Staging | None,
         place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for vLLM, with progress in the event log. `copy` is vLLM's time."""
         settings: Settings = self._start.settings
-        limit = settings.host_memory_limit
-        if self._start.prefetched is not None:
-            limit -= prefetch_budget(settings)
+        limit = self._memory_limit()
         shard = self._start.shard(self._rank)
         options = LoadOptions(
             connections=settings.fetch_connections,
@@ -193,6 +197,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             options=options,
             progress=self._progress,
             place=place,
+            staging=staging,
         )
         end = report_every(PROGRESS_SECONDS, self._report)
         try:
@@ -203,6 +208,19 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                     self._progress.stage("copy", record.length, time.monotonic() - started)
         finally:
             end()
+
+    def _memory_limit(self) -> int:
+        """Bytes of host memory that this load may take beside what is fetched ahead."""
+        limit = self._start.settings.host_memory_limit
+        if self._start.prefetched is not None:
+            limit -= prefetch_budget(self._start.settings)
+        return limit
+
+    def _staging(self) -> Staging | None:
+        """The way to a GPU; None where tensors stay in host memory, or are hashed there first."""
+        if self._device.type != "cuda" or self._start.settings.verify == "hashes":
+            return None
+        return Staging(self._device, self._memory_limit() // 8)
 
     def _report(self) -> None:
         self._log.emit("load_progress", rank=self._rank, **self._progress.snapshot())
@@ -238,12 +256,17 @@ def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
     return len(records) == len(index.tensors)
 
 
-def home(targets: dict[str, torch.Tensor], record: TensorRecord) -> torch.Tensor | None:
-    """The parameter's own memory (uint8), where a tensor can be read straight into it."""
+def home(
+    targets: dict[str, torch.Tensor], record: TensorRecord, device: torch.device
+) -> torch.Tensor | None:
+    """The parameter's own memory (uint8), where a tensor can be read straight into it.
+
+    `device`: where the stream can write.
+    """
     target = targets.get(record.name.lstrip("."))
     if (
         target is None
-        or target.device.type != "cpu"
+        or target.device.type != device.type
         or not target.is_contiguous()
         or str(target.dtype) != f"torch.{record.dtype}"
         or tuple(target.shape) != record.shape

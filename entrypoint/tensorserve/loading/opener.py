@@ -24,6 +24,7 @@ from tensorserve.format import (
 )
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES
+from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
 
@@ -32,8 +33,8 @@ class Pending:
     """One tensor on its way."""
 
     record: TensorRecord
-    memory: torch.Tensor  # uint8, of the record's length
-    view: memoryview
+    memory: torch.Tensor  # uint8, of the record's length; where it is staged, on the device
+    view: memoryview  # of the memory; of host memory, or empty, where it is staged
     budget: int  # bytes of the host memory limit that it takes
     left: int  # bytes that have not come to their place yet
     sealed: bool = False  # they come sealed, and are opened when all are there
@@ -42,6 +43,7 @@ class Pending:
     opened: set[int] = field(default_factory=set)  # parts that some thread opens or opened
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    sent: object | None = None  # where it is staged: what to wait for on the device
 
 
 class Opener:
@@ -55,7 +57,11 @@ class Opener:
         *,
         encrypted: bool,
         hashes: bool,
+        staging: Staging | None = None,
     ) -> None:
+        """With `staging`, tensors go on to a device; hashes cannot be checked then."""
+        assert not (hashes and staging)
+        self._staging = staging
         self._source = source
         self._key = key
         self._progress = progress
@@ -81,25 +87,60 @@ class Opener:
 
         `data` is whole chunks, or all of the tensor. Raises CorruptError.
         """
-        header, length = tensor.header, tensor.record.length
-        assert header is not None
-        place = tensor.view[start : start + len(data)]
-        if header.chunks is None:
-            if length <= BATCH_BYTES:  # else it was received there
-                place[:] = data
-        elif tensor.sealed:
-            place[:] = data
+        assert tensor.header is not None
+        if self._staging is not None and not tensor.sealed:
+            self._stage(self._staging, tensor, tensor.header, start, data)
         else:
-            self._open_boxes(tensor, header, start, data, place)
+            self._put(tensor, tensor.header, start, data, tensor.view[start : start + len(data)])
         with tensor.lock:
             tensor.left -= len(data)
             if tensor.left:
                 return False
         if tensor.sealed:
-            self._open_boxes(tensor, header, 0, tensor.view, tensor.view)
+            self._open_boxes(tensor, tensor.header, 0, tensor.view, tensor.view)
         if self._hashes:
-            verify_hashes(header, tensor.view)
+            verify_hashes(tensor.header, tensor.view)
+        if self._staging is not None:
+            if tensor.sealed:
+                tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
+            tensor.sent = self._staging.sent()
         return True
+
+    def _stage(
+        self,
+        staging: Staging,
+        tensor: Pending,
+        header: TensorHeader,
+        start: int,
+        data: memoryview,
+    ) -> None:
+        if not len(data):
+            return
+        slot = staging.take()
+        try:
+            self._put(tensor, header, start, data, slot.numpy().data[: len(data)])
+        except BaseException:
+            staging.give_back(slot)
+            raise
+        staging.send(slot, tensor.memory[start : start + len(data)])
+
+    def _put(
+        self,
+        tensor: Pending,
+        header: TensorHeader,
+        start: int,
+        data: memoryview,
+        place: memoryview,
+    ) -> None:
+        """Open `data` into `place`; what is opened later only goes there."""
+        if header.chunks is not None and not tensor.sealed:
+            self._open_boxes(tensor, header, start, data, place)
+        elif (
+            header.chunks is not None
+            or self._staging is not None
+            or tensor.record.length <= BATCH_BYTES
+        ):
+            place[:] = data  # else it was received there
 
     def _parse(self, tensor: Pending, data: memoryview) -> None:
         record = tensor.record
@@ -110,6 +151,8 @@ class Opener:
             size = record.length if header.chunks.count == 1 else header.chunks.chunk_size
             # Chunks that are not cut as parts are: no part alone could be opened.
             tensor.sealed = PART_BYTES % size != 0
+            if tensor.sealed and self._staging is not None and not tensor.view:
+                tensor.view = memoryview(bytearray(record.length))
         self._headers[record.header_offset] = bytes(data)
 
     def _read_header_again(self, tensor: Pending) -> None:

@@ -30,6 +30,7 @@ from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.reader import Reader
 from tensorserve.loading.schedule import Schedule
+from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
 _IDLE_SECONDS = 0.02
@@ -66,6 +67,9 @@ class TensorStream:
 
     `place` may give a tensor's final memory (uint8, contiguous, of the record's length): it is then
     filled there, without a copy and without counting for `ahead_bytes`.
+
+    With `staging`, tensors come on its device, and `place` gives memory there; hashes cannot be
+    verified then. What the consumer asks of the device comes after their arrival.
     """
 
     def __init__(
@@ -78,11 +82,17 @@ class TensorStream:
         options: LoadOptions,
         progress: LoadProgress,
         place: Placement = lambda _: None,
+        staging: Staging | None = None,
     ) -> None:
         self._source = source
-        self._encrypted = encrypted
+        self._staging = staging
         self._opener = Opener(
-            source, key, progress, encrypted=encrypted, hashes=options.verify_hashes
+            source,
+            key,
+            progress,
+            encrypted=encrypted,
+            hashes=options.verify_hashes,
+            staging=staging,
         )
         self._options = options
         self._progress = progress
@@ -100,7 +110,7 @@ class TensorStream:
             self._opener,
             self._schedule,
             progress,
-            encrypted=encrypted,
+            direct=not encrypted and staging is None,
             memory_limit=options.ahead_bytes * 3 // 8,
             finished=self._finished,
         )
@@ -134,6 +144,8 @@ class TensorStream:
         until = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+        if self._staging is not None:
+            self._staging.close()
 
     def __iter__(self) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
         while self._left:
@@ -147,6 +159,8 @@ class TensorStream:
             self._left -= 1
             if not self._left:
                 self._check_headers()
+            if self._staging is not None:
+                self._staging.join(pending.sent)
             record = pending.record
             tensor = _shaped(record, pending.memory)
             budget = pending.budget
@@ -247,8 +261,10 @@ class TensorStream:
         pending = []
         for record, memory, budget in zip(records, placed, budgets, strict=True):
             if memory is None:
-                memory = self._memory.take(record.length)
-            view = memory.numpy().data if record.length else memoryview(bytearray())
+                take = self._memory.take if self._staging is None else self._staging.memory
+                memory = take(record.length)
+            here = record.length and self._staging is None
+            view = memory.numpy().data if here else memoryview(bytearray())
             pending.append(Pending(record, memory, view, budget, record.length))
             self._order.put(pending[-1])
         return tuple(pending)

@@ -38,19 +38,21 @@ class Reader:
         schedule: Schedule[Pending],
         progress: LoadProgress,
         *,
-        encrypted: bool,
+        direct: bool,
         memory_limit: int,
         finished: Callable[[Pending], None],
     ) -> None:
-        """`memory_limit`: bytes for what is received and still sealed."""
+        """`direct`: large tensors are received where they belong, since nothing is to be opened.
+
+        `memory_limit`: bytes for what is received and not opened yet.
+        """
         self._source = source
         self._opener = opener
         self._schedule = schedule
         self._progress = progress
-        self._encrypted = encrypted
+        self._direct = direct
         self._finished = finished
-        # What plain files hold needs no opening, and is received where it belongs.
-        self.apart = encrypted and source.remote
+        self.apart = source.remote and not direct
         self.part_buffers = max(4, memory_limit * 5 // 6 // PART_BYTES)
         self._buffers = Buffers(PART_BYTES, self.part_buffers)
         self._batch_buffers = Buffers(_BATCH, max(2, memory_limit // 6 // _BATCH))
@@ -120,7 +122,7 @@ class Reader:
             if number == 0:
                 return header
             start = (first + number - 1) * PART_BYTES
-            if not self._encrypted:
+            if self._direct:
                 buffer = tensor.view[start : start + lengths[number]]
             elif self.apart or number == 1:
                 buffer = self._buffers.take()
@@ -142,7 +144,7 @@ class Reader:
             return self._schedule.passed(job) and not self._stopped.is_set()
 
         self._source.read_parts(offset, lengths, memory, arrived)
-        if self._encrypted and not self.apart:
+        if not self._direct and not self.apart:
             self._buffers.give_back(buffer)
 
     def _open_buffer(self, tensor: Pending, part: int, buffer: memoryview, count: int) -> None:
@@ -155,8 +157,8 @@ class Reader:
 
     def double(self) -> bool:
         """Read what another connection is slow with a second time; whoever is first opens it."""
-        # What is plain goes straight to its place, where two must not write.
-        found = self._schedule.double(_DOUBLE_SECONDS) if self._encrypted else None
+        # What is received where it belongs must not be written by two.
+        found = None if self._direct else self._schedule.double(_DOUBLE_SECONDS)
         if found is None:
             return False
         tensor, part = found

@@ -1,0 +1,174 @@
+"""Tensors on their way to a device: through the ring, whatever their size and number.
+
+Where there is a GPU, all of it runs on that as well.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tensorizer import EncryptionParams, TensorSerializer
+
+from tensorserve.errors import CorruptError
+from tensorserve.format import read_index
+from tensorserve.keys import GivenKey
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.schedule import PART_BYTES
+from tensorserve.loading.staging import SLOT_BYTES, Staging
+from tensorserve.sources.local import LocalSource
+
+KEY = bytes(range(32))
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+    ),
+]
+
+
+class RemoteFile(LocalSource):
+    """A file that is read as if it were behind a network."""
+
+    remote = True
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    sizes = [1, 1000, PART_BYTES, SLOT_BYTES, SLOT_BYTES + 1, 5 * PART_BYTES + 3, 20 * PART_BYTES]
+    made = {
+        f"t{number}": torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+        for number, size in enumerate(sizes)
+    }
+    made["shaped"] = torch.randn(3, 5, 7, generator=generator).to(torch.bfloat16)
+    made["scalar"] = torch.tensor(2.5)
+    return made
+
+
+def written(path: Path, *, key: bytes | None, chunk: int | None = None) -> Path:
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=key) if key else None)
+    if chunk:
+        serializer._crypt_chunk_size = chunk
+    serializer.write_state_dict(tensors())
+    serializer.close()
+    return path
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("limit", [0, 64 * SLOT_BYTES])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("kind", [LocalSource, RemoteFile])
+def test_tensors_come_whole_to_the_device(
+    tmp_path: Path, kind: type[LocalSource], key: bytes | None, limit: int, device: str
+) -> None:
+    """With two slots and with many, from a file and as from a network."""
+    source = kind(written(tmp_path / "model.tensors", key=key))
+    wanted = tensors()
+    index = read_index(source)
+    found = {}
+    with TensorStream(
+        source,
+        index.tensors,
+        encrypted=index.encrypted,
+        key=GivenKey(KEY, "test") if key else None,
+        options=LoadOptions(connections=7, ahead_bytes=16 * 1024**2),
+        progress=LoadProgress(),
+        staging=Staging(torch.device(device), limit),
+    ) as stream:
+        for record, tensor in stream:
+            assert tensor.device.type == device
+            found[record.name] = tensor.cpu().clone()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_that_do_not_fit_a_slot(tmp_path: Path, device: str) -> None:
+    """Of 64 MiB: such a tensor is opened in host memory, and goes over as a whole."""
+    source = LocalSource(written(tmp_path / "model.tensors", key=KEY, chunk=64 * 1024**2))
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(connections=3),
+        progress=LoadProgress(),
+        staging=Staging(torch.device(device), 0),
+    ) as stream:
+        found = {record.name: tensor.cpu().clone() for record, tensor in stream}
+    wanted = tensors()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_parameters_own_memory_is_filled(tmp_path: Path, device: str) -> None:
+    """`place` names memory on the device."""
+    source = LocalSource(written(tmp_path / "model.tensors", key=KEY))
+    wanted = tensors()
+    homes = {
+        name: torch.zeros(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device=device)
+        for name, tensor in wanted.items()
+    }
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(connections=3),
+        progress=LoadProgress(),
+        place=lambda record: homes[record.name],
+        staging=Staging(torch.device(device), 0),
+    ) as stream:
+        for record, tensor in stream:
+            assert tensor.data_ptr() == homes[record.name].data_ptr()
+            assert torch.equal(tensor.cpu(), wanted[record.name])
+
+
+def test_a_damaged_chunk_gives_its_slot_back(tmp_path: Path) -> None:
+    """The error comes out, and the ring is whole: nobody waits for a slot for ever."""
+    path = written(tmp_path / "model.tensors", key=KEY)
+    staging = Staging(torch.device("cpu"), 0)
+    source = LocalSource(path)
+    with (
+        pytest.raises(CorruptError),
+        TensorStream(
+            source,
+            read_index(source).tensors,
+            encrypted=True,
+            key=GivenKey(bytes(32), "test"),
+            options=LoadOptions(connections=3),
+            progress=LoadProgress(),
+            staging=staging,
+        ) as stream,
+    ):
+        for _ in stream:
+            pass
+    slots = [staging.take(), staging.take()]
+    assert len({slot.data_ptr() for slot in slots}) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_slots_are_used_again_and_never_by_two(device: str) -> None:
+    """Two slots, eight threads: each copy is of what its own thread has written."""
+    staging = Staging(torch.device(device), 0)
+    rounds = 50
+    targets = [staging.memory(rounds * 1000) for _ in range(8)]
+
+    def work(number: int) -> None:
+        for at in range(rounds):
+            slot = staging.take()
+            slot[:1000] = (number * rounds + at) % 251
+            staging.send(slot, targets[number][at * 1000 : (at + 1) * 1000])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    staging.join(staging.sent())
+    for number, target in enumerate(targets):
+        wanted = torch.arange(rounds).repeat_interleave(1000) + number * rounds
+        assert torch.equal(target.cpu().long(), wanted % 251)
