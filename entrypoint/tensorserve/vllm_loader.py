@@ -1,13 +1,13 @@
 """The loader inside vLLM: streams a .tensors file into the model, on CPU and on CUDA alike.
 
-Together with `vllm_plugin` the only module that knows vLLM's internals (0.32.0).
+Together with the other `vllm_*` modules the only one that knows vLLM's internals (0.32.0).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -21,8 +21,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
+from tensorserve.errors import TensorserveError
 from tensorserve.format import FileIndex, TensorRecord
+from tensorserve.layouts import is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
@@ -33,12 +34,8 @@ from tensorserve.settings import Settings
 from tensorserve.sources import Source
 from tensorserve.start import Start, receive_start
 from tensorserve.telemetry import EventLog, events_path
+from tensorserve.vllm_model import copy_in_place, give, home, homes, unfit
 
-# tensorizer's mark for files that hold vLLM's own parameters instead of a checkpoint's.
-VLLM_LAYOUT_MARKER = "vllm_tensorized_marker"
-# Buffers that `write_module` stores although no checkpoint has them: vLLM computes them itself and
-# refuses them as unknown weights.
-COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 PROGRESS_SECONDS = 0.25
 
 
@@ -93,7 +90,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 tensors=len(records),
             )
             if is_vllm_layout(opened.index):
-                targets = model.state_dict(keep_vars=True)
+                targets = homes(model)
                 staging = self._staging()
                 here = self._device if staging is not None else torch.device("cpu")
                 tensors = self._stream(
@@ -101,12 +98,13 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 )
                 copy_in_place(model, tensors)
             else:
-                tensors = self._stream(opened, records, self._staging())
-                # Every vLLM model has it; torch's Module does not know.
-                loaded: set[str] | None = model.load_weights(tensors)  # type: ignore[operator]
+                loaded = give(model, self._stream(opened, records, self._staging()))
                 if model_config.quantization is None and loaded is not None:
                     # The stock loader's own check that no parameter was left as it was born.
-                    DefaultModelLoader.track_weights_loading(self, model, loaded)
+                    try:
+                        DefaultModelLoader.track_weights_loading(self, model, loaded)
+                    except ValueError as error:
+                        raise unfit(model, "what it needs is not in the file", error) from error
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._log.emit("load_done", rank=self._rank)
@@ -204,7 +202,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             with stream:
                 for record, tensor in stream:
                     started = time.monotonic()
-                    yield record.name, tensor
+                    yield module_name(record), tensor
                     self._progress.stage("copy", record.length, time.monotonic() - started)
         finally:
             end()
@@ -230,91 +228,6 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             self._log.emit("phase", phase=phase, state=state)
 
 
-def is_vllm_layout(index: FileIndex) -> bool:
-    """Whether the file holds vLLM's own parameters (tensorizer's marker), not a checkpoint's."""
-    return any(r.name.lstrip(".") == VLLM_LAYOUT_MARKER for r in index.tensors)
-
-
-def loadable(index: FileIndex) -> list[TensorRecord]:
-    """The tensors that the model gets: all but the marker and what vLLM computes itself.
-
-    Raises CorruptError for a tensor that was written without data (from torch's meta device): it
-    would leave a parameter as it was born, and its shape is bounded by nothing in the file.
-    """
-    records = [r for r in index.tensors if not _is_computed(r)]
-    empty = [r.name for r in records if r.is_meta]
-    if empty:
-        raise CorruptError(
-            f"{len(empty)} tensors have a shape and no data, for example {empty[0]!r}.",
-            hint="The model was on torch's meta device when it was written. Pack it again.",
-        )
-    return records
-
-
 def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
     """Whether `records` are all tensors of the file."""
     return len(records) == len(index.tensors)
-
-
-def home(
-    targets: dict[str, torch.Tensor], record: TensorRecord, device: torch.device
-) -> torch.Tensor | None:
-    """The parameter's own memory (uint8), where a tensor can be read straight into it.
-
-    `device`: where the stream can write.
-    """
-    target = targets.get(record.name.lstrip("."))
-    if (
-        target is None
-        or target.device.type != device.type
-        or not target.is_contiguous()
-        or str(target.dtype) != f"torch.{record.dtype}"
-        or tuple(target.shape) != record.shape
-    ):
-        return None  # what does not fit is said where it is copied
-    return target.data.view(-1).view(torch.uint8)
-
-
-def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy a file in vLLM's own layout over the model's parameters and persistent buffers.
-
-    Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError where the
-    file lacks a parameter.
-    """
-    targets = model.state_dict(keep_vars=True)
-    filled: set[int] = set()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            target = targets.get(name.lstrip("."))
-            if target is None:
-                raise ConfigurationError(
-                    f"The file holds {name!r}, which this model does not have.",
-                    hint="It was written in vLLM's own layout for another model, version, dtype, "
-                    "quantization or parallel size. Pack the checkpoint with `tensorserve pack`.",
-                )
-            if target.shape != tensor.shape or target.dtype != tensor.dtype:
-                raise ConfigurationError(
-                    f"{name!r} is {tuple(tensor.shape)} {tensor.dtype} in the file and "
-                    f"{tuple(target.shape)} {target.dtype} in this model.",
-                    hint="A file in vLLM's own layout fits only the vLLM version, dtype, "
-                    "quantization and parallel size (and CPU or GPU) that wrote it.",
-                )
-            if target.data_ptr() != tensor.data_ptr():
-                target.data.copy_(tensor)
-            filled.add(target.data_ptr())
-    # Tied parameters share memory: one of their names is enough. Buffers are born with a value
-    # (the scales of the KV cache with 1).
-    left = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.numel() and parameter.data_ptr() not in filled
-    ]
-    if left:
-        raise CorruptError(
-            f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",
-            hint="Was it written by another version of vLLM? Pack the checkpoint again.",
-        )
-
-
-def _is_computed(record: TensorRecord) -> bool:
-    return record.name.lstrip(".") == VLLM_LAYOUT_MARKER or record.name.endswith(COMPUTED_BUFFERS)
