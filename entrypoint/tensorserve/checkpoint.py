@@ -32,6 +32,8 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
+DTYPE_LABELS = {dtype: label for label, dtype in _DTYPES.items()}
+"""torch's name → safetensors' own."""
 _DAMAGED_HINT = "Download the model again, and compare the file's SHA-256 with the publisher's."
 # Not needed to serve. Licences travel with the model.
 _LEFT_OUT_SUFFIXES = (".py", ".md", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf")

@@ -122,6 +122,16 @@ def _parser() -> _Parser:
     )
     pack.add_argument("--key-file", type=Path, help="the key; made (0600) if it does not exist")
     pack.add_argument("--passphrase-file", type=Path, help="encrypt with a passphrase instead")
+    pack.add_argument(
+        "--suffix", help="version of the model: the bundle goes to DEST/vllm/<name of SRC>/SUFFIX"
+    )
+    pack.add_argument(
+        "--lora",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="a LoRA adapter (PEFT's directory) to be served under NAME; may be repeated",
+    )
     pack.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
     verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
@@ -268,7 +278,8 @@ def _stop_cleanly() -> None:
 
 
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.packing import pack, prepare_key
+    from tensorserve.lora import read_adapters
+    from tensorserve.packing import pack, prepare_key, with_suffix
 
     if options.key_file and not options.encrypt:
         raise UsageError("--key-file without --encrypt.", hint="Add --encrypt.")
@@ -280,15 +291,20 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.passphrase_file and not options.encrypt:
         raise UsageError("--passphrase-file without --encrypt.", hint="Add --encrypt.")
     _stop_cleanly()
+    destination = options.destination
+    if options.suffix is not None:
+        destination = with_suffix(destination, options.source, options.suffix)
+    adapters = read_adapters(options.lora)
     access, _ = _access(environ)
     key, passphrase = prepare_key(options.key_file, options.passphrase_file)
     with _ByteBar("packing") as bar:
         result = pack(
             options.source,
-            options.destination,
+            destination,
             key=key,
             passphrase=passphrase,
             access=access,
+            adapters=adapters,
             overwrite=options.overwrite,
             progress=bar,
         )

@@ -21,7 +21,7 @@ _REFERENCE = re.compile(r"/proc/\d+/fd/\d+")
 _MAX_BYTES = 16 * 1024 * 1024
 
 
-def publish(data: bytes, name: str = "tensorserve") -> str:
+def publish(data: bytes | bytearray, name: str = "tensorserve") -> str:
     """Put `data` into a sealed memfd that survives `exec`, and return its path for readers.
 
     The descriptor stays open (and so the path valid) as long as this process id lives.

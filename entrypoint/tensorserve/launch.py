@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from tensorserve import handoff
+from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.opening import access_for
-from tensorserve.plan import LaunchPlan, make_plan
+from tensorserve.plan import LaunchPlan, make_plan, wants_adapters, with_adapters
 from tensorserve.prefetching import start_prefetch
 from tensorserve.preflight import Weights, prepare_state_dir, run_checks
 from tensorserve.secret import Secret
@@ -45,6 +46,9 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
             weights.manifest,
             remote_code="--trust-remote-code" in plan.argv,
         )
+        if wants_adapters(plan):
+            held = hold_adapters(plan.bundle_uri, plan.model_dir, settings, weights.manifest)
+            plan = with_adapters(plan, [(a.name, a.directory, a.rank) for a in held])
         log.emit("phase", phase="artifacts", state="end")
         prefetched = start_prefetch(settings, plan, weights.shards, log)
         reference = publish_start(environ, settings, start.arguments, weights.shards, prefetched)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from tensorserve.format import (
     CHUNK_BYTES,
     KEY_SIZE,
     FileKey,
-    FilePlan,
+    PasswordHash,
     TensorSpec,
     fresh_password_hash,
     plan_file,
     write_file,
 )
 from tensorserve.keys import parse_key, parse_passphrase
+from tensorserve.lora import WEIGHTS, adapter_file
 from tensorserve.manifest import MANIFEST, Encryption, FileEntry, Manifest, TensorsEntry
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
@@ -53,6 +54,7 @@ class PackResult:
     data_bytes: int
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    adapters: tuple[str, ...]
     key_origin: str | None  # None: not encrypted
     seconds: float
 
@@ -62,6 +64,8 @@ class PackResult:
             f"{self.destination}: {self.tensors} tensors, {self.data_bytes / 1e6:.1f} MB, {sealed}",
             f"  with {', '.join(self.files)}",
         ]
+        if self.adapters:
+            lines.append(f"  adapters: {', '.join(self.adapters)}")
         if self.left_out:
             lines.append(f"  left out: {', '.join(self.left_out)}")
         lines.append(f"  in {self.seconds:.1f} s")
@@ -75,16 +79,17 @@ def pack(
     access: Access,
     key: Secret | None = None,
     passphrase: Secret | None = None,
+    adapters: Mapping[str, Checkpoint] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PackResult:
     """Packs `src` (a Hugging Face directory, or one safetensors file in one) into a bundle.
 
     `dest` is a directory or s3://bucket/prefix; `overwrite` lets a bundle there be replaced. With a
-    key or a passphrase (not both) the tensors are encrypted. Memory: the largest tensor, and a few
-    16 MiB parts for S3. On any error, KeyboardInterrupt included, what was written is removed.
-    Raises ConfigurationError for an unfit source, destination or key, CorruptError for a damaged
-    source, and the destination's errors.
+    key or a passphrase (not both) the tensors are encrypted, those of `adapters` (lora.py) as well.
+    Memory: the largest tensor, and a few 16 MiB parts for S3. On any error, KeyboardInterrupt
+    included, what was written is removed. Raises ConfigurationError for an unfit source,
+    destination or key, CorruptError for a damaged source, and the destination's errors.
     """
     started = time.monotonic()
     if key is not None and passphrase is not None:
@@ -96,22 +101,28 @@ def pack(
         opened_by = parse_passphrase(passphrase)
     checkpoint = read_checkpoint(src)
     _refuse_inside(checkpoint, dest)
-    plan = plan_file(
-        (TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors),
-        encrypted=opened_by is not None,
-        derivation=fresh_password_hash() if passphrase is not None else None,
-    )
-    needed = plan.index.size + sum(checkpoint.files.values()) + _SPARE_BYTES
+    derivation = fresh_password_hash() if passphrase is not None else None
+    parts = [_Part(checkpoint, TENSORS_NAME, "", opened_by is not None, derivation)]
+    for name, adapter in sorted((adapters or {}).items()):
+        folder = adapter_file(name, "")
+        parts.append(_Part(adapter, folder + WEIGHTS, folder, opened_by is not None, derivation))
+    _refuse_twice(parts)
+    needed = sum(part.size for part in parts) + _SPARE_BYTES
     destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
+    count = _Count(sum(part.plan.index.data_bytes for part in parts), progress)
     try:
         # The largest and likeliest to fail first; what makes it a bundle last.
-        tensors = _write_tensors(destination, checkpoint, plan, opened_by, progress)
+        tensors = {
+            part.tensors_name: _write_tensors(destination, part, opened_by, count) for part in parts
+        }
         files = tuple(
-            _copy(destination, checkpoint, name, size) for name, size in checkpoint.files.items()
+            _copy(destination, part.checkpoint, name, size, part.folder + name)
+            for part in parts
+            for name, size in part.checkpoint.files.items()
         )
         manifest = Manifest(
             files=files,
-            tensors_files={TENSORS_NAME: tensors},
+            tensors_files=tensors,
             encryption=None
             if opened_by is None
             else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
@@ -129,13 +140,23 @@ def pack(
         raise
     return PackResult(
         destination=redact_uri(dest),
-        tensors=len(plan.index.tensors),
-        data_bytes=plan.index.data_bytes,
+        tensors=sum(len(part.plan.index.tensors) for part in parts),
+        data_bytes=count.whole,
         files=tuple(checkpoint.files),
-        left_out=checkpoint.left_out,
+        left_out=tuple(part.folder + name for part in parts for name in part.checkpoint.left_out),
+        adapters=tuple(sorted(adapters or ())),
         key_origin=opened_by.origin if opened_by else None,
         seconds=time.monotonic() - started,
     )
+
+
+def with_suffix(dest: str, src: Path, suffix: str) -> str:
+    """`dest`/vllm/<name of the model>/<suffix>, as vLLM's own script lays out its models."""
+    name = (src if src.is_dir() else src.parent).resolve().name
+    for part in (name, suffix):
+        if not part.strip("/.") or part != part.strip("/") or ".." in part.split("/"):
+            raise UsageError(f"--suffix: {part!r} cannot be part of a path.")
+    return f"{dest.rstrip('/')}/vllm/{name}/{suffix}"
 
 
 def prepare_key(
@@ -162,24 +183,57 @@ def prepare_key(
     return key, None
 
 
+class _Part:
+    """A checkpoint and where it goes in the bundle: the model itself, or an adapter."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors_name: str,
+        folder: str,
+        encrypted: bool,
+        derivation: PasswordHash | None,
+    ) -> None:
+        self.checkpoint, self.tensors_name, self.folder = checkpoint, tensors_name, folder
+        self.plan = plan_file(
+            (TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors),
+            encrypted=encrypted,
+            derivation=derivation,
+        )
+        self.size = self.plan.index.size + sum(checkpoint.files.values())
+
+
+class _Count:
+    """Bytes of tensors written so far, of all files."""
+
+    def __init__(self, whole: int, progress: Progress | None) -> None:
+        self.whole = whole
+        self._done = 0
+        self._progress = progress
+
+    def __call__(self, written: int) -> None:
+        self._done += written
+        if self._progress is not None:
+            self._progress(self._done, self.whole)
+
+
+def _refuse_twice(parts: list[_Part]) -> None:
+    names = [part.tensors_name for part in parts]
+    names += [part.folder + name for part in parts for name in part.checkpoint.files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"The model's own directory has a file that the adapter would take: {twice[0]}.",
+            hint="Give the adapter another name.",
+        )
+
+
 def _write_tensors(
-    destination: Destination,
-    checkpoint: Checkpoint,
-    plan: FilePlan,
-    key: FileKey | None,
-    progress: Progress | None,
+    destination: Destination, part: _Part, key: FileKey | None, count: _Count
 ) -> TensorsEntry:
-    done = 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        done += written
-        if progress is not None:
-            progress(done, plan.index.data_bytes)
-
-    reader = CheckpointReader(checkpoint)
+    plan, reader = part.plan, CheckpointReader(part.checkpoint)
     try:
-        with destination.create(TENSORS_NAME, plan.index.size) as out:
+        with destination.create(part.tensors_name, plan.index.size) as out:
             headers = write_file(
                 out,
                 plan,
@@ -198,20 +252,22 @@ def _write_tensors(
     )
 
 
-def _copy(destination: Destination, checkpoint: Checkpoint, name: str, size: int) -> FileEntry:
+def _copy(
+    destination: Destination, checkpoint: Checkpoint, name: str, size: int, target: str
+) -> FileEntry:
     source = LocalSource(checkpoint.directory / name)
     digest = hashlib.sha256()
     try:
         if source.size != size:
             raise CorruptError(f"{source.name} was changed while it was packed.")
-        with destination.create(name, size) as out:
+        with destination.create(target, size) as out:
             for offset in range(0, size, _COPY_BYTES):
                 data = source.read(offset, min(_COPY_BYTES, size - offset))
                 digest.update(data)
                 out.write(data)
     finally:
         source.close()
-    return FileEntry(name, size, digest.hexdigest())
+    return FileEntry(target, size, digest.hexdigest())
 
 
 def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +18,9 @@ from tensorserve.settings import Settings
 SHARD_PATTERN = re.compile(r"%0\dd")
 DEFAULT_TENSORS = "model.tensors"
 DEFAULT_SHARDS = "model-rank-%03d.tensors"
+# What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_DEFAULT_LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,48 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         host=host,
         port=port,
     )
+
+
+def wants_adapters(plan: LaunchPlan) -> bool:
+    """Whether a bundle's adapters are to be served: unless the user said --no-enable-lora."""
+    return "--no-enable-lora" not in map(_flag_of, plan.argv)
+
+
+def with_adapters(plan: LaunchPlan, adapters: Sequence[tuple[str, Path, int]]) -> LaunchPlan:
+    """The plan that serves `adapters` (name, directory, rank) too. What the user gave wins."""
+    if not adapters:
+        return plan
+    argv = list(plan.argv)
+    given = {_flag_of(word) for word in argv}
+    if "--enable-lora" not in given:
+        argv.append("--enable-lora")
+    rank = max(rank for _, _, rank in adapters)
+    if "--max-lora-rank" not in given and rank > _DEFAULT_LORA_RANK:
+        fitting = [allowed for allowed in _LORA_RANKS if allowed >= rank]
+        if not fitting:
+            raise ConfigurationError(
+                f"An adapter is of rank {rank}; vLLM serves up to {_LORA_RANKS[-1]}."
+            )
+        argv.append(f"--max-lora-rank={fitting[0]}")
+    modules = [
+        json.dumps({"name": name, "path": str(path), "base_model_name": plan.served_name})
+        for name, path, _ in adapters
+    ]
+    return replace(plan, argv=tuple(_with_modules(argv, modules)))
+
+
+def _with_modules(argv: list[str], modules: list[str]) -> list[str]:
+    """vLLM takes the last --lora-modules only: ours go to the user's own."""
+    for number, word in enumerate(argv):
+        if _flag_of(word) == "--lora-modules":
+            _, equals, attached = word.partition("=")
+            own = [attached] if equals else []
+            return [*argv[:number], "--lora-modules", *modules, *own, *argv[number + 1 :]]
+    return [*argv, "--lora-modules", *modules]
+
+
+def _flag_of(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-") if word.startswith("--") else ""
 
 
 def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:

@@ -20,9 +20,10 @@ from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileKey
 from tensorserve.layouts import check_layout
+from tensorserve.lora import adapters_of
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
-from tensorserve.plan import SHARD_PATTERN, LaunchPlan
+from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
 from tensorserve.secret import redact_uri
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, NotFoundError
@@ -221,6 +222,14 @@ def check_source(
     check_config(plan.bundle_uri, access)
     bound = "bound by the manifest" if weights.manifest else "no manifest"
     yield Passed("configuration", f"config.json is there, {bound}")
+    if (adapters := adapters_of(weights.manifest)) and wants_adapters(plan):
+        if plan.served_name in adapters:
+            raise ConfigurationError(
+                f"The bundle has an adapter {plan.served_name!r}, and the model is served under "
+                "this name.",
+                hint="Set TENSORSERVE_MODEL_NAME to another name.",
+            )
+        yield Passed("adapters", ", ".join(adapters))
 
 
 def check_config(bundle_uri: str, access: Access) -> None:

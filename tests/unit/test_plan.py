@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.plan import describe, make_plan, served_name_of, split_model_uri
+from tensorserve.plan import (
+    describe,
+    make_plan,
+    served_name_of,
+    split_model_uri,
+    wants_adapters,
+    with_adapters,
+)
 from tensorserve.settings import Settings
 
 URI = {"TENSORSERVE_MODEL_URI": "s3://bucket/vllm/model/v1", "TENSORSERVE_STATE_DIR": "/run/ts"}
@@ -130,3 +138,30 @@ def test_the_description_holds_no_secret() -> None:
     }
     settings = Settings.from_environment(environ)
     assert "canary" not in json.dumps(describe(make_plan(settings), settings))
+
+
+def test_adapters_are_handed_to_vllm() -> None:
+    """Named, with the rank that they need."""
+    plan = with_adapters(plan_of(), [("sql", Path("/m/sql"), 8), ("tone", Path("/m/tone"), 24)])
+    assert "--enable-lora" in plan.argv
+    assert "--max-lora-rank=32" in plan.argv
+    at = plan.argv.index("--lora-modules")
+    modules = [json.loads(word) for word in plan.argv[at + 1 : at + 3]]
+    assert [(m["name"], m["path"]) for m in modules] == [("sql", "/m/sql"), ("tone", "/m/tone")]
+    assert with_adapters(plan_of(), []) == plan_of()
+
+
+def test_a_users_own_adapter_flags_win() -> None:
+    """Their rank, their modules beside ours, and none at all where they say so."""
+    own = plan_of({}, "--enable-lora", "--max_lora_rank", "64", "--lora-modules", "own=/own")
+    plan = with_adapters(own, [("sql", Path("/m/sql"), 24)])
+    assert plan.argv.count("--enable-lora") == 1
+    assert not [word for word in plan.argv if word.startswith("--max-lora-rank")]
+    at = plan.argv.index("--lora-modules")
+    assert json.loads(plan.argv[at + 1])["name"] == "sql"
+    assert plan.argv[at + 2] == "own=/own"
+    assert plan.argv.count("--lora-modules") == 1
+    assert wants_adapters(own)
+    assert not wants_adapters(plan_of({"TENSORSERVE_VLLM_ENABLE_LORA": "false"}))
+    with pytest.raises(ConfigurationError, match="rank 1000"):
+        with_adapters(plan_of(), [("sql", Path("/m/sql"), 1000)])
