@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from tensorserve.settings import HANDOFF_VARIABLE
 from tensorserve.start import receive_start
 from tensorserve.telemetry import EventLog, events_path, fold, read_events
 
@@ -24,7 +25,7 @@ STOP_SECONDS_SERVING = 5.0
 
 def run_engine(serve: Callable[[], int]) -> int:
     """Fork; the child runs `serve` (which becomes vLLM). Give the exit code, 128+n for a signal."""
-    start = receive_start(os.environ)
+    start = receive_start(os.environ[HANDOFF_VARIABLE])
     path = events_path(start.settings.state_dir)
     drain = _drain_seconds(start.settings.flags)
     child = os.fork()

@@ -178,6 +178,24 @@ def check_source(
     settings: Settings, plan: LaunchPlan, weights: Weights, observer: FetchObserver | None
 ) -> Iterator[Passed]:
     """Every shard is there, whole, a .tensors file, and opened by the key; so is config.json."""
+    yield from check_weights(settings, plan, weights, observer)
+    check_config(plan.bundle_uri, access_for(settings))
+    bound = "bound by the manifest" if weights.manifest else "no manifest"
+    yield Passed("configuration", f"config.json is there, {bound}")
+    if (adapters := adapters_of(weights.manifest)) and wants_adapters(plan):
+        if plan.served_name in adapters:
+            raise ConfigurationError(
+                f"The bundle has an adapter {plan.served_name!r}, and the model is served under "
+                "this name.",
+                hint="Set TENSORSERVE_MODEL_NAME to another name.",
+            )
+        yield Passed("adapters", ", ".join(adapters))
+
+
+def check_weights(
+    settings: Settings, plan: LaunchPlan, weights: Weights, observer: FetchObserver | None
+) -> Iterator[Passed]:
+    """Every shard is there, whole, a .tensors file, and opened by the key."""
     access = access_for(settings)
     key = key_for(settings)
     template, first = _first_shard(plan, access, key, observer)
@@ -219,17 +237,6 @@ def check_source(
     finally:
         for one in opened:
             one.source.close()
-    check_config(plan.bundle_uri, access)
-    bound = "bound by the manifest" if weights.manifest else "no manifest"
-    yield Passed("configuration", f"config.json is there, {bound}")
-    if (adapters := adapters_of(weights.manifest)) and wants_adapters(plan):
-        if plan.served_name in adapters:
-            raise ConfigurationError(
-                f"The bundle has an adapter {plan.served_name!r}, and the model is served under "
-                "this name.",
-                hint="Set TENSORSERVE_MODEL_NAME to another name.",
-            )
-        yield Passed("adapters", ", ".join(adapters))
 
 
 def check_config(bundle_uri: str, access: Access) -> None:

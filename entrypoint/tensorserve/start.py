@@ -63,9 +63,9 @@ def publish_start(
     )
 
 
-def receive_start(environ: Mapping[str, str]) -> Start:
-    """The start that a parent left, by the reference in `environ`. Raises TensorserveError."""
-    payload = handoff.receive_json(environ[HANDOFF_VARIABLE])
+def receive_start(reference: str) -> Start:
+    """The start that a parent left at `reference`. Raises TensorserveError."""
+    payload = handoff.receive_json(reference)
     return Start(
         settings=Settings.from_environment(payload["environment"], payload["origins"]),
         arguments=tuple(payload["arguments"]),
@@ -80,7 +80,7 @@ def current_start(
 ) -> tuple[Start, Mapping[str, str]]:
     """The start that this process belongs to: handed over by `up`, else from `environ` itself."""
     if HANDOFF_VARIABLE in environ:
-        start = receive_start(environ)
+        start = receive_start(environ[HANDOFF_VARIABLE])
         payload = handoff.receive_json(environ[HANDOFF_VARIABLE])
         return start, payload["environment"]
     return Start(Settings.from_environment(environ), arguments, ()), environ

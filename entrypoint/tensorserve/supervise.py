@@ -231,7 +231,7 @@ def watch(environ: Mapping[str, str]) -> None:
         sys.stdout.write("RESULT 2\nOK")
         sys.stdout.flush()
         if fields.get("processname") == "engine":
-            linger(receive_start(environ).settings)
+            linger(receive_start(environ[HANDOFF_VARIABLE]).settings)
             os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -32,7 +35,8 @@ from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.prefetching import prefetch_budget
 from tensorserve.settings import Settings
 from tensorserve.sources import Source
-from tensorserve.start import Start, receive_start
+from tensorserve.standalone import handed_over_start, own_start, settings_environment
+from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
 from tensorserve.vllm_model import copy_in_place, give, home, homes, unfit
 
@@ -44,8 +48,13 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        self._start: Start = receive_start(os.environ)
-        self._log = EventLog(events_path(self._start.settings.state_dir))
+        extra = load_config.model_loader_extra_config
+        self._started = handed_over_start(extra, os.environ)
+        self._options = {} if self._started else settings_environment(extra, os.environ)
+        # Without `tensorserve serve` nobody reads a log.
+        self._log = (
+            EventLog(events_path(self._started.settings.state_dir)) if self._started else None
+        )
         self._rank = 0
         self._device = torch.device("cpu")
         self._progress = LoadProgress()
@@ -58,6 +67,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     ) -> nn.Module:
         """The module with its weights, processed for this device's kernels."""
         self._rank = get_tensor_model_parallel_rank()
+        if self._started is None:
+            self._started = own_start(self._options, get_tensor_model_parallel_world_size())
         self._phase("import", "end")
         self._phase("init", "begin")
         try:
@@ -69,7 +80,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 model = super().load_model(vllm_config, model_config, prefix)
         except TensorserveError as error:
             # vLLM wraps what its workers raise; the log keeps the message and the exit code.
-            self._log.emit(
+            self._emit(
                 "failure", reason=error.reason, exit_code=error.exit_code, message=error.message
             )
             raise
@@ -83,7 +94,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._phase("load", "begin")
         with self._open() as opened:
             records = loadable(opened.index)
-            self._log.emit(
+            self._emit(
                 "load_plan",
                 rank=self._rank,
                 bytes=sum(r.length for r in records),
@@ -107,7 +118,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                         raise unfit(model, "what it needs is not in the file", error) from error
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        self._log.emit("load_done", rank=self._rank)
+        self._emit("load_done", rank=self._rank)
         self._phase("load", "end")
         self._phase("postprocess", "begin")
 
@@ -221,11 +232,20 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         return Staging(self._device, self._memory_limit() // 8)
 
     def _report(self) -> None:
-        self._log.emit("load_progress", rank=self._rank, **self._progress.snapshot())
+        self._emit("load_progress", rank=self._rank, **self._progress.snapshot())
+
+    @property
+    def _start(self) -> Start:
+        assert self._started is not None
+        return self._started
+
+    def _emit(self, event: str, **fields: object) -> None:
+        if self._log is not None:
+            self._log.emit(event, **fields)
 
     def _phase(self, phase: str, state: str) -> None:
         if self._rank == 0:
-            self._log.emit("phase", phase=phase, state=state)
+            self._emit("phase", phase=phase, state=state)
 
 
 def whole(index: FileIndex, records: list[TensorRecord]) -> bool:

@@ -1,0 +1,154 @@
+"""What do the options of vLLM's own Tensorizer loader mean here?
+
+For `vllm serve DIR --load-format tensorizer --model-loader-extra-config JSON` and `LLM(...)` as on
+vLLM's page. Each option is mapped to a setting or refused with the reason; none is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tensorserve.errors import ConfigurationError
+
+# What vLLM adds by itself (engine/arg_utils.py, create_load_config).
+_VLLMS_OWN = "tensorizer_config"
+# How `llm_kwargs` and `tensorserve serve` hand over a start.
+REFERENCE = "tensorserve"
+_DIRECTORY, _URI = "tensorizer_dir", "tensorizer_uri"
+_MODEL_URI = "TENSORSERVE_MODEL_URI"
+
+Mapped = dict[str, str]
+
+
+def environment_for(extra: Mapping[str, Any]) -> Mapped:
+    """The variables that say what `model_loader_extra_config` says.
+
+    Raises ConfigurationError for an option that is unknown, has no meaning here, or is of the
+    wrong type.
+    """
+    own = extra.get(_VLLMS_OWN) or {}
+    options = {name: value for name, value in extra.items() if name != _VLLMS_OWN}
+    # The model's directory, unless the user gives an address.
+    if _DIRECTORY not in options and _URI not in options and own.get(_DIRECTORY):
+        options[_DIRECTORY] = own[_DIRECTORY]
+    mapped: Mapped = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            raise ConfigurationError(
+                f"model_loader_extra_config: there is no option {name!r}.",
+                hint=f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(OPTIONS)}.",
+            )
+        mapped |= OPTIONS[name](name, value)
+    if options.get(_URI):
+        # As in vLLM: the address wins over the directory.
+        mapped[_MODEL_URI] = _text(_URI, options[_URI])
+    if _MODEL_URI not in mapped:
+        raise ConfigurationError("model_loader_extra_config names no tensorizer_uri.")
+    return mapped
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigurationError(f"model_loader_extra_config: {name!r} is not a text.")
+    return value
+
+
+def _to(variable: str) -> Callable[[str, Any], Mapped]:
+    return lambda name, value: {variable: _text(name, value)}
+
+
+def _connections(name: str, value: object) -> Mapped:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"model_loader_extra_config: {name!r} is {value!r}, not a number above 0.",
+            hint="Leave it out: the loader finds how many connections help.",
+        )
+    return {"TENSORSERVE_FETCH_CONNECTIONS": str(value)}
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"model_loader_extra_config: {name!r} is not true or false.")
+    return value
+
+
+def _verify(name: str, value: object) -> Mapped:
+    return {"TENSORSERVE_VERIFY": "hashes"} if _flag(name, value) else {}
+
+
+def _found_by_itself(name: str, value: object) -> Mapped:
+    """The file says what it is, and how much memory is used is ours to say."""
+    _flag(name, value)
+    return {}
+
+
+def _refused(reason: str) -> Callable[[str, Any], Mapped]:
+    def refuse(name: str, value: object) -> Mapped:
+        if value in ({}, False):
+            return {}  # as good as not given
+        raise ConfigurationError(
+            f"model_loader_extra_config: {name!r} cannot be given: {reason}", hint="Leave it out."
+        )
+
+    return refuse
+
+
+def _nested(inner: Mapping[str, Callable[[str, Any], Mapped]]) -> Callable[[str, Any], Mapped]:
+    def each(name: str, value: object) -> Mapped:
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"model_loader_extra_config: {name!r} is not an object.")
+        mapped: Mapped = {}
+        for key, content in value.items():
+            if key not in inner:
+                raise ConfigurationError(
+                    f"model_loader_extra_config: {name!r} has {key!r}, which has no meaning here.",
+                    hint=f"It may have {', '.join(inner)}.",
+                )
+            if content is not None:
+                mapped |= inner[key](f"{name}.{key}", content)
+        return mapped
+
+    return each
+
+
+_S3 = {
+    "s3_access_key_id": _to("AWS_ACCESS_KEY_ID"),
+    "s3_secret_access_key": _to("AWS_SECRET_ACCESS_KEY"),
+    "s3_endpoint": _to("AWS_ENDPOINT_URL_S3"),
+}
+_DEVICE = "vLLM decides where tensors go and what they are."
+_ALL = "vLLM needs all tensors of a model, each once."
+OPTIONS: dict[str, Callable[[str, Any], Mapped]] = {
+    _URI: _to(_MODEL_URI),
+    _DIRECTORY: _to(_MODEL_URI),
+    "encryption_keyfile": _to("TENSORSERVE_KEY_FILE"),
+    "verify_hash": _verify,
+    "num_readers": _connections,
+    **_S3,
+    "vllm_tensorized": _found_by_itself,
+    "stream_kwargs": _nested({**_S3, "s3_region_name": _to("AWS_REGION")}),
+    "deserialization_kwargs": _nested(
+        {
+            "num_readers": _connections,
+            "verify_hash": _verify,
+            "plaid_mode": _found_by_itself,
+            "lazy_load": _refused(_ALL),
+            "filter_func": _refused(_ALL),
+            "device": _refused(_DEVICE),
+            "dtype": _refused(_DEVICE),
+            "encryption": _refused("name the key's file in encryption_keyfile."),
+        }
+    ),
+    "serialization_kwargs": _refused("it is for writing (`tensorserve pack`)."),
+    "device": _refused(_DEVICE),
+    "dtype": _refused(_DEVICE),
+    "mode": _refused("vLLM decides it."),
+    "model_class": _refused("vLLM finds it in config.json."),
+    "hf_config": _refused("vLLM finds it in config.json."),
+}
+"""Each option of vLLM's TensorizerConfig → what it means in variables."""

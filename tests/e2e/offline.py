@@ -1,0 +1,39 @@
+"""Run as a program: `LLM(...)` for each of the cases on standard input, one after the other.
+
+In: {"prompts": [...], "cases": [{"uri": …, "settings": {…}} or {"llm": {…}}]}. Out: for each case
+the texts, as the last line.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+from tensorserve import llm_kwargs
+
+FLAGS = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4}
+
+
+def main() -> None:
+    """Answer the prompts with each case's model."""
+    work = json.load(sys.stdin)
+    found = []
+    for case in work["cases"]:
+        kwargs = case.get("llm") or llm_kwargs(case["uri"], **case.get("settings", {}))
+        llm = LLM(**kwargs, **FLAGS)
+        # One by one, as everywhere where answers are compared: batches change the last bits.
+        params = SamplingParams(max_tokens=24, temperature=0, seed=0)
+        texts = [
+            llm.generate(p, params, use_tqdm=False)[0].outputs[0].text for p in work["prompts"]
+        ]
+        found.append(texts)
+        del llm
+        gc.collect()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

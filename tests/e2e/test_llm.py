@@ -1,0 +1,129 @@
+"""vLLM from Python, and vLLM's own commands and options, with our loader behind them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from running import BIN, CPU_ENVIRONMENT, Running, clean_environment, stock_vllm
+from s3server import S3Server
+
+from rangeserver import RangeServer
+
+PROMPTS = ["The capital of France is", "1 2 3 4"]
+OFFLINE = Path(__file__).with_name("offline.py")
+
+
+def answers(cases: list[dict[str, Any]], **environ: str) -> list[list[str]]:
+    """The texts of each case, all in one process."""
+    run = subprocess.run(
+        [sys.executable, str(OFFLINE)],
+        input=json.dumps({"prompts": PROMPTS, "cases": cases}),
+        env=clean_environment() | CPU_ENVIRONMENT | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: list[list[str]] = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+def pack(source: Path, destination: str, key_file: Path, **environ: str) -> None:
+    """`tensorserve pack --encrypt`."""
+    words = [str(BIN / "tensorserve"), "pack", str(source), destination, "--encrypt"]
+    words += ["--key-file", str(key_file)]
+    subprocess.run(words, env=clean_environment() | environ, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, s3: S3Server) -> Path:
+    """SmolLM2, encrypted, in <packed>/bundle and in s3://llm/smollm2; its key in <packed>/key."""
+    base = tmp_path_factory.mktemp("packed")
+    pack(model_dir, str(base / "bundle"), base / "key")
+    s3.make_bucket("llm")
+    pack(model_dir, "s3://llm/smollm2", base / "key", **s3.environment)
+    return base
+
+
+def test_llm_loads_from_disk_http_and_s3(
+    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
+) -> None:
+    """Two models in one process, from three places; each LLM has its own weights."""
+    other = tiny_models.llama(tmp_path / "other", model_dir, torch.bfloat16, tied=False)
+    pack(other, str(tmp_path / "tiny"), tmp_path / "tiny.key")
+    with RangeServer(packed / "bundle") as server:
+        smollm2, tiny, over_http, from_s3 = answers(
+            [
+                {"uri": str(packed / "bundle"), "settings": {"key_file": str(packed / "key")}},
+                {
+                    "uri": str(tmp_path / "tiny"),
+                    "settings": {"key_file": str(tmp_path / "tiny.key")},
+                },
+                {"uri": server.url, "settings": {"key": (packed / "key").read_bytes().hex()}},
+                {"uri": "s3://llm/smollm2", "settings": {"key_file": str(packed / "key")}},
+            ],
+            **s3.environment,
+        )
+    stock_smollm2, stock_tiny = answers(
+        [{"llm": {"model": str(model_dir)}}, {"llm": {"model": str(other)}}]
+    )
+    assert smollm2 == over_http == from_s3 == stock_smollm2
+    assert tiny == stock_tiny != smollm2
+
+
+def test_llm_takes_vllms_own_options(packed: Path, model_dir: Path, s3: S3Server) -> None:
+    """load_format="tensorizer" and model_loader_extra_config, as on vLLM's page."""
+    options = {
+        "tensorizer_uri": "s3://llm/smollm2/model.tensors",
+        "encryption_keyfile": str(packed / "key"),
+        "s3_endpoint": s3.environment["AWS_ENDPOINT_URL_S3"],
+        "s3_access_key_id": s3.environment["AWS_ACCESS_KEY_ID"],
+        "s3_secret_access_key": s3.environment["AWS_SECRET_ACCESS_KEY"],
+        "deserialization_kwargs": {"num_readers": 2, "verify_hash": True},
+    }
+    with_options = {
+        "model": str(model_dir),
+        "load_format": "tensorizer",
+        "model_loader_extra_config": options,
+    }
+    found, wanted = answers([{"llm": with_options}, {"llm": {"model": str(model_dir)}}])
+    assert found == wanted
+
+
+@pytest.mark.parametrize("key_in_s3", [False, True])
+def test_vllm_serve_takes_its_own_options(
+    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server, *, key_in_s3: bool
+) -> None:
+    """`vllm serve DIR --load-format tensorizer`, encrypted; the key from a file or from S3."""
+    with stock_vllm(tmp_path, model_dir) as stock:
+        stock.wait_ready()
+        wanted = stock.completions("model", PROMPTS)
+    engine = stock_vllm(tmp_path, packed / "bundle")
+    keyfile = str(packed / "key")
+    if key_in_s3:
+        keyfile = "s3://llm/the.key"
+        s3.client().put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
+        engine.environment |= s3.environment
+    engine.command += ["--load-format", "tensorizer", "--model-loader-extra-config"]
+    engine.command += [json.dumps({"encryption_keyfile": keyfile})]
+    with engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
+
+
+def test_a_wrong_option_ends_vllm_with_our_words(tmp_path: Path, packed: Path) -> None:
+    """Not with half a model."""
+    engine: Running = stock_vllm(tmp_path, packed / "bundle")
+    engine.command += ["--load-format", "tensorizer", "--model-loader-extra-config"]
+    engine.command += [json.dumps({"encryption_keyfil": str(packed / "key")})]
+    with engine:
+        assert engine.process is not None
+        assert engine.process.wait(120) != 0
+    assert "Did you mean 'encryption_keyfile'" in engine.text
