@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import tiny_models
 import torch
@@ -109,7 +110,14 @@ def test_vllm_serve_takes_its_own_options(
     keyfile = str(packed / "key")
     if key_in_s3:
         keyfile = "s3://llm/the.key"
-        s3.client().put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
+        client = boto3.client(
+            "s3",
+            endpoint_url=s3.endpoint_url,
+            aws_access_key_id=s3.access_key,
+            aws_secret_access_key=s3.secret_key,
+            region_name="us-east-1",
+        )
+        client.put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
         engine.environment |= s3.environment
     engine.command += ["--load-format", "tensorizer", "--model-loader-extra-config"]
     engine.command += [json.dumps({"encryption_keyfile": keyfile})]
