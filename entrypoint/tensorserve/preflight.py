@@ -19,6 +19,7 @@ from pathlib import Path
 from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileKey
+from tensorserve.layouts import check_layout
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan
@@ -185,6 +186,9 @@ def check_source(
             opened.append(
                 open_tensors(sources.join(plan.bundle_uri, name), access, key, observer=observer)
             )
+        ranks, sharded = plan.tensor_parallel_size, bool(SHARD_PATTERN.search(template))
+        for one in opened:
+            check_layout(one.index, one.source.name, ranks, sharded=sharded)
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
         weights.manifest = read_manifest(plan.bundle_uri, access)
         vouched = weights.manifest.tensors_files if weights.manifest else {}

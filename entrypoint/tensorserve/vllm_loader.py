@@ -23,6 +23,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format import FileIndex, TensorRecord
+from tensorserve.layouts import is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
@@ -33,11 +34,6 @@ from tensorserve.sources import Source
 from tensorserve.start import Start, receive_start
 from tensorserve.telemetry import EventLog, events_path
 
-# tensorizer's mark for files that hold vLLM's own parameters instead of a checkpoint's.
-VLLM_LAYOUT_MARKER = "vllm_tensorized_marker"
-# Buffers that `write_module` stores although no checkpoint has them: vLLM computes them itself and
-# refuses them as unknown weights.
-COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 PROGRESS_SECONDS = 0.25
 
 
@@ -92,16 +88,17 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 tensors=len(records),
             )
             if is_vllm_layout(opened.index):
-                targets = model.state_dict(keep_vars=True)
+                targets = homes(model)
                 tensors = self._stream(opened, records, lambda record: home(targets, record))
                 copy_in_place(model, tensors)
             else:
-                tensors = self._stream(opened, records)
-                # Every vLLM model has it; torch's Module does not know.
-                loaded: set[str] | None = model.load_weights(tensors)  # type: ignore[operator]
+                loaded = give(model, self._stream(opened, records))
                 if model_config.quantization is None and loaded is not None:
                     # The stock loader's own check that no parameter was left as it was born.
-                    DefaultModelLoader.track_weights_loading(self, model, loaded)
+                    try:
+                        DefaultModelLoader.track_weights_loading(self, model, loaded)
+                    except ValueError as error:
+                        raise unfit(model, "what it needs is not in the file", error) from error
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._log.emit("load_done", rank=self._rank)
@@ -199,7 +196,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             with stream:
                 for record, tensor in stream:
                     started = time.monotonic()
-                    yield record.name, tensor
+                    yield module_name(record), tensor
                     self._progress.stage("copy", record.length, time.monotonic() - started)
         finally:
             end()
@@ -212,35 +209,53 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             self._log.emit("phase", phase=phase, state=state)
 
 
-def is_vllm_layout(index: FileIndex) -> bool:
-    """Whether the file holds vLLM's own parameters (tensorizer's marker), not a checkpoint's."""
-    return any(r.name.lstrip(".") == VLLM_LAYOUT_MARKER for r in index.tensors)
-
-
-def loadable(index: FileIndex) -> list[TensorRecord]:
-    """The tensors that the model gets: all but the marker and what vLLM computes itself.
-
-    Raises CorruptError for a tensor that was written without data (from torch's meta device): it
-    would leave a parameter as it was born, and its shape is bounded by nothing in the file.
-    """
-    records = [r for r in index.tensors if not _is_computed(r)]
-    empty = [r.name for r in records if r.is_meta]
-    if empty:
-        raise CorruptError(
-            f"{len(empty)} tensors have a shape and no data, for example {empty[0]!r}.",
-            hint="The model was on torch's meta device when it was written. Pack it again.",
-        )
-    return records
-
-
 def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
     """Whether `records` are all tensors of the file."""
     return len(records) == len(index.tensors)
 
 
+def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
+    """Hand a checkpoint's tensors to vLLM's own weight loaders; gives what they say they loaded.
+
+    Raises CorruptError, naming the tensor, where the model refuses one.
+    """
+    last = "the first"
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal last
+        for name, tensor in tensors:
+            last = repr(name)
+            yield name, tensor
+
+    try:
+        # Every vLLM model has it; torch's Module does not know.
+        loaded: set[str] | None = model.load_weights(watched())  # type: ignore[operator]
+    except (KeyError, ValueError, AssertionError) as error:
+        raise unfit(model, f"it refused {last}", error) from error
+    return loaded
+
+
+def unfit(model: nn.Module, what: str, error: Exception) -> CorruptError:
+    """The error for a checkpoint whose tensors are not those of the model in config.json."""
+    return CorruptError(
+        f"The file's tensors are not those of vLLM's {type(model).__name__}: {what} "
+        f"({str(error)[:500]}).",
+        hint="Do config.json and the .tensors file belong together? A file that was not made from "
+        "a checkpoint may name its tensors otherwise: pack the checkpoint with `tensorserve pack`.",
+    )
+
+
+def homes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a file in vLLM's layout may fill, by name: parameters and buffers.
+
+    vLLM's writer stores buffers too that are in no state dict (tables of rotary embeddings).
+    """
+    return dict(model.named_buffers(remove_duplicate=False)) | model.state_dict(keep_vars=True)
+
+
 def home(targets: dict[str, torch.Tensor], record: TensorRecord) -> torch.Tensor | None:
     """The parameter's own memory (uint8), where a tensor can be read straight into it."""
-    target = targets.get(record.name.lstrip("."))
+    target = targets.get(module_name(record))
     if (
         target is None
         or target.device.type != "cpu"
@@ -253,16 +268,16 @@ def home(targets: dict[str, torch.Tensor], record: TensorRecord) -> torch.Tensor
 
 
 def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy a file in vLLM's own layout over the model's parameters and persistent buffers.
+    """Copy a file in vLLM's own layout over the model's parameters and buffers.
 
     Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError where the
     file lacks a parameter.
     """
-    targets = model.state_dict(keep_vars=True)
+    targets = homes(model)
     filled: set[int] = set()
     with torch.no_grad():
         for name, tensor in tensors:
-            target = targets.get(name.lstrip("."))
+            target = targets.get(name)
             if target is None:
                 raise ConfigurationError(
                     f"The file holds {name!r}, which this model does not have.",
@@ -291,7 +306,3 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
             f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",
             hint="Was it written by another version of vLLM? Pack the checkpoint again.",
         )
-
-
-def _is_computed(record: TensorRecord) -> bool:
-    return record.name.lstrip(".") == VLLM_LAYOUT_MARKER or record.name.endswith(COMPUTED_BUFFERS)

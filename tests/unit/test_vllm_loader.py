@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.format import FileIndex, TensorRecord
 
 
 @pytest.fixture(scope="module")
@@ -19,53 +18,6 @@ def loader() -> Any:
     from tensorserve import vllm_loader
 
     return vllm_loader
-
-
-def record(name: str, *, meta: bool = False) -> TensorRecord:
-    return TensorRecord(
-        name=name,
-        raw_name=name.encode(),
-        kind=2,
-        dtype="float32",
-        raw_dtype="<f4",
-        shape=(4,),
-        long_shape=False,
-        is_meta=meta,
-        header_offset=100,
-        data_offset=200,
-        length=0 if meta else 16,
-    )
-
-
-def index(*records: TensorRecord) -> FileIndex:
-    return FileIndex(
-        file_version=3, encrypted=True, tensors=records, size=1000, data_bytes=16, digest="0" * 64
-    )
-
-
-def test_computed_buffers_and_the_marker_are_left_out(loader: Any) -> None:
-    """`write_module` stores buffers that no checkpoint has; vLLM refuses them."""
-    found = loader.loadable(
-        index(
-            record("model.layers.0.weight"),
-            record("model.rotary_emb.inv_freq"),
-            record(".vllm_tensorized_marker", meta=True),
-        )
-    )
-    assert [r.name for r in found] == ["model.layers.0.weight"]
-
-
-def test_a_tensor_without_data_ends_the_load(loader: Any) -> None:
-    """A1: its shape is bounded by nothing, and a parameter would stay as it was born."""
-    with pytest.raises(CorruptError, match=r"layers\.1\.weight"):
-        loader.loadable(index(record("layers.0.weight"), record("layers.1.weight", meta=True)))
-
-
-def test_the_marker_tells_vllms_layout(loader: Any) -> None:
-    """With and without the dot that `write_module` puts before root tensors."""
-    assert loader.is_vllm_layout(index(record(".vllm_tensorized_marker", meta=True)))
-    assert loader.is_vllm_layout(index(record("vllm_tensorized_marker", meta=True)))
-    assert not loader.is_vllm_layout(index(record("model.weight")))
 
 
 class Tied(nn.Module):
@@ -77,6 +29,7 @@ class Tied(nn.Module):
         self.head = self.embed
         self.norm = nn.Parameter(torch.zeros(2))
         self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("table", torch.zeros(2), persistent=False)
 
 
 def tensors(**changes: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,6 +44,13 @@ def test_a_file_in_vllms_layout_is_copied_in_place(loader: Any) -> None:
     assert model.embed.data_ptr() == before
     assert torch.equal(model.head, torch.ones(2, 2))
     assert torch.equal(model.scale, torch.ones(1))
+
+
+def test_buffers_of_no_state_dict_are_taken_too(loader: Any) -> None:
+    """vLLM's own writer stores them: the tables of rotary embeddings."""
+    model = Tied()
+    loader.copy_in_place(model, tensors(table=torch.ones(2)))
+    assert torch.equal(model.table, torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -113,3 +73,29 @@ def test_a_parameter_that_the_file_lacks_ends_the_load(loader: Any) -> None:
     """The invariant: never ready with wrong weights."""
     with pytest.raises(CorruptError, match="norm"):
         loader.copy_in_place(Tied(), iter([("embed", torch.ones(2, 2))]))
+
+
+class Strict(nn.Module):
+    """Refuses names that it does not know, as vLLM's models do."""
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        known = {"embed": 1, "norm": 2}
+        return {name for name, _ in weights if known[name]}
+
+
+def test_a_tensor_that_the_model_refuses_is_named(loader: Any) -> None:
+    """Which model, which tensor, and what vLLM said."""
+    assert loader.give(Strict(), tensors()) == {"embed", "norm"}
+    with pytest.raises(CorruptError, match=r"Strict: it refused 'other' \('other'\)"):
+        loader.give(Strict(), tensors(other=torch.ones(1)))
+
+
+def test_an_error_of_ours_in_the_middle_of_a_load_stays_what_it_is(loader: Any) -> None:
+    """It is no tensor that does not fit."""
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "embed", torch.ones(1)
+        raise ConfigurationError("a test's")
+
+    with pytest.raises(ConfigurationError, match="a test's"):
+        loader.give(Strict(), broken())
