@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from tensorserve import sources
@@ -22,6 +24,7 @@ from tensorserve.format import (
     open_tensor_chunk,
     parse_header,
 )
+from tensorserve.layouts import loadable
 from tensorserve.manifest import MANIFEST, FileEntry, Manifest, check_index, read_manifest
 from tensorserve.opening import open_tensors
 from tensorserve.plan import SHARD_PATTERN, split_model_uri
@@ -31,6 +34,9 @@ from tensorserve.sources import Access, NotFoundError, Source
 # Read at once, by each thread; at least one cipher chunk.
 _STEP = 8 * 1024**2
 _MAX_THREADS = 8
+# A box can only be opened whole. Larger ones than this, which no known writer makes, take turns.
+_LARGE_STEP = 64 * 1024**2
+_one_at_a_time = threading.Lock()
 _MAX_NAMED = 5
 
 OK, DAMAGED, UNCHECKED = "ok", "DAMAGED", "unchecked"
@@ -46,9 +52,12 @@ class FileResult:
     name: str
     state: str
     detail: str
+    tensors: tuple[str, ...] = ()
+    """Every damaged tensor and why, for the terminal; `detail` names the first few."""
 
     def __str__(self) -> str:
-        return f"{self.state:9}  {self.name}  {self.detail}"
+        lines = [f"{self.state:9}  {self.name}  {self.detail}"]
+        return "\n".join(lines + [f"{'':11}{tensor}" for tensor in self.tensors])
 
 
 def verify(
@@ -60,7 +69,8 @@ def verify(
 ) -> list[FileResult]:
     """Reads the bundle (or the one .tensors file) at `uri` and checks everything that can be.
 
-    Calls `on_line` with a line for each file. Raises CorruptError at the end if anything is damaged
+    Calls `on_line` with the result for each file as soon as it is there: a line, and below it one
+    for each of several damaged tensors. Raises CorruptError at the end if anything is damaged
     or missing; WrongKeyError, ConfigurationError (no key, or a key for a plain file) and the
     sources' errors at once. Memory: some pieces of 8 MiB.
     """
@@ -177,6 +187,10 @@ def _check_tensors(
     index = opened.index
     try:
         problems = []
+        try:
+            loadable(index)
+        except CorruptError as error:
+            problems.append(error.message)
         if manifest is not None:
             try:
                 check_index(manifest, name, index)
@@ -198,7 +212,8 @@ def _check_tensors(
     finally:
         opened.source.close()
     if problems:
-        return FileResult(name, DAMAGED, "; ".join(problems))
+        every = tuple(f"{tensor!r}: {why}" for tensor, why in damaged.items())
+        return FileResult(name, DAMAGED, "; ".join(problems), every if len(every) > 1 else ())
     secured = "every chunk authenticated" if index.encrypted else "every hash fits, not encrypted"
     size = f"{index.data_bytes / 1e6:.1f} MB"
     return FileResult(name, OK, f"{len(index.tensors)} tensors, {size}, {secured}")
@@ -250,7 +265,6 @@ def _check_tensor(
 def _check_data(source: Source, header: TensorHeader, key: FileKey | None) -> None:
     """Opens and hashes the tensor piece by piece."""
     record, chunks = header.record, header.chunks
-    check = HashCheck(header)
     secret = b""
     step = _STEP
     if chunks is not None:
@@ -259,6 +273,13 @@ def _check_data(source: Source, header: TensorHeader, key: FileKey | None) -> No
         # Whole chunks; a tensor in one box (no writer makes large ones) is one piece.
         size = record.length if chunks.count == 1 else chunks.chunk_size
         step = max(size, _STEP // size * size)
+    with _one_at_a_time if min(step, record.length) > _LARGE_STEP else nullcontext():
+        _check_pieces(source, header, secret, step)
+
+
+def _check_pieces(source: Source, header: TensorHeader, secret: bytes, step: int) -> None:
+    record, chunks = header.record, header.chunks
+    check = HashCheck(header)
     buffer = memoryview(bytearray(min(step, record.length)))
     for start in range(0, record.length, step):
         piece = buffer[: min(step, record.length - start)]

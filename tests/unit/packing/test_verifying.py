@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +86,79 @@ def test_all_damaged_tensors_are_named(bundle: Path) -> None:
     assert "3 of 5 tensors" in message
     for name in ("model.embed.weight", "model.layers.0.weight", "model.scale"):
         assert f"'{name}'" in message
+
+
+def test_more_damaged_tensors_than_fit_a_line_are_all_named(tmp_path: Path) -> None:
+    """In lines below that of the file, each with its reason; so for each of several files."""
+    import torch
+    from tensorizer import TensorSerializer
+
+    (tmp_path / "b").mkdir()
+    names = [f"layer.{number}.weight" for number in range(12)]
+    for rank in range(2):
+        path = tmp_path / "b" / f"model-rank-{rank:03d}.tensors"
+        serializer = TensorSerializer(str(path))
+        serializer.write_state_dict({name: torch.ones(64) for name in names})
+        serializer.close()
+        source = open_source(str(path), ACCESS)
+        for record in read_index(source).tensors:
+            flip(path, record.data_offset + 3)
+        source.close()
+    message, lines = damaged(tmp_path / "b", None)
+    assert "2 of 2 files are damaged" in message
+    assert "and 7 more" in message
+    for rank, line in enumerate(lines):
+        first, *others = line.splitlines()
+        assert first.startswith(f"DAMAGED    model-rank-{rank:03d}.tensors  12 of 12 tensors")
+        assert [other.split("'")[1] for other in others] == names
+        assert all("does not have the" in other for other in others)
+
+
+def test_a_file_whose_tensors_have_no_data_is_damaged(tmp_path: Path) -> None:
+    """As it would be refused at the start: nothing in it is wrong but what it lacks."""
+    import torch
+    from tensorizer import TensorSerializer
+
+    (tmp_path / "b").mkdir()
+    serializer = TensorSerializer(str(tmp_path / "b" / "model.tensors"))
+    content = {"a.weight": torch.ones(4), "b.weight": torch.ones(4, device="meta")}
+    serializer.write_state_dict(content)
+    serializer.close()
+    message, _ = damaged(tmp_path / "b", None)
+    assert "1 tensor has a shape and no data, for example 'b.weight'" in message
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, sealed: bool) -> None:
+    """256 MB in one tensor, read with the default number of threads."""
+    import torch
+
+    peaks = []
+    for size in (1, 64):
+        source = make_model(tmp_path / f"hf{size}", {"w": torch.zeros(size, 1024, 1024)})
+        bundle = tmp_path / f"b{size}"
+        pack(source, str(bundle), access=ACCESS, key=SECRET if sealed else None)
+        peaks.append(peak_of_verify(bundle, sealed))
+    assert peaks[1] - peaks[0] < 100 * 1024**2
+
+
+def peak_of_verify(bundle: Path, sealed: bool) -> int:
+    """Most bytes that `tensorserve verify` had resident."""
+    key = {"TENSORSERVE_KEY": bytes(range(32)).hex()} if sealed else {}
+    program = (
+        "import sys; from tensorserve.cli import main; code = main(sys.argv[1:]);"
+        "print(open('/proc/self/status').read()); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "verify", str(bundle)],
+        env={"PATH": os.environ["PATH"]} | key,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # Not getrusage: that remembers what the parent had.
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", done.stdout)
+    return int(peak) * 1024
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
