@@ -17,7 +17,8 @@ import tiny_models
 import torch
 from running import BIN, CPU_ENVIRONMENT, Tensorserve, clean_environment, stock_vllm
 from s3server import free_ports
-from tensorizer import EncryptionParams, TensorSerializer
+from tensorizer import EncryptionParams
+from tensorizer_writer import add_small_files, write_bundle
 from transformers import AutoModelForCausalLM
 
 PROMPTS = ["The capital of France is", "1 2 3 4"]
@@ -67,19 +68,9 @@ def params(sealed_by: str) -> EncryptionParams | None:
 
 def write(model: Path, bundle: Path, writer: str, sealed_by: str = "nothing") -> Path:
     """`model` as tensorizer writes it, with the small files beside it."""
-    bundle.mkdir()
     module = AutoModelForCausalLM.from_pretrained(model)
     content = module if writer == "write_module" else module.state_dict()
-    serializer = TensorSerializer(str(bundle / "model.tensors"), encryption=params(sealed_by))
-    getattr(serializer, writer)(content)
-    serializer.close()
-    return add_small_files(model, bundle)
-
-
-def add_small_files(model: Path, bundle: Path) -> Path:
-    for path in model.glob("*.json"):
-        (bundle / path.name).write_bytes(path.read_bytes())
-    return bundle
+    return write_bundle(content, model, bundle, params(sealed_by))
 
 
 def command(word: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -150,18 +141,24 @@ def test_tensors_under_names_that_the_model_does_not_know_are_named(
     tmp_path: Path, tiny: Model
 ) -> None:
     """A state dict of a wrapped module, for example: the engine ends with 65 and says which."""
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    module = AutoModelForCausalLM.from_pretrained(tiny.directory)
-    serializer = TensorSerializer(str(bundle / "model.tensors"))
-    serializer.write_state_dict({f"wrapped.{k}": v for k, v in module.state_dict().items()})
-    serializer.close()
-    add_small_files(tiny.directory, bundle)
+    state = AutoModelForCausalLM.from_pretrained(tiny.directory).state_dict()
+    wrapped = {f"wrapped.{name}": tensor for name, tensor in state.items()}
+    bundle = write_bundle(wrapped, tiny.directory, tmp_path / "bundle")
     with Tensorserve(tmp_path, {"TENSORSERVE_MODEL_URI": str(bundle)}) as engine:
         assert engine.process is not None
         assert engine.process.wait(120) == 65
         assert "LlamaForCausalLM" in engine.text
         assert "wrapped.model.embed_tokens.weight" in engine.text
+
+
+def test_experts_that_transformers_holds_fused_are_served(tmp_path: Path, model_dir: Path) -> None:
+    """Its checkpoint has each expert alone; its module, which tensorizer writes, all in one."""
+    model = tiny_models.mixture_of_experts(tmp_path / "model", model_dir, torch.bfloat16)
+    wanted = ask_stock(tmp_path, model)
+    bundle = write(model, tmp_path / "bundle", "write_module")
+    with Tensorserve(tmp_path, {"TENSORSERVE_MODEL_URI": str(bundle)}) as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
 
 
 # vLLM's own path --------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 import tiny_models
 import torch
 from running import Running, Tensorserve, stock_vllm
+from tensorizer_writer import write_bundle
+from transformers import AutoModel
 
 from tensorserve.cli import main as tensorserve
 
@@ -87,6 +89,13 @@ def test_a_real_embedding_model_gives_the_same_vectors(tmp_path: Path) -> None:
     with stock:
         stock.wait_ready()
         wanted = embeddings(stock)
+    with Tensorserve(tmp_path, settings) as engine:
+        engine.wait_ready()
+        assert embeddings(engine) == wanted
+    # As tensorizer writes its module, with buffers that no checkpoint has.
+    foreign = write_bundle(AutoModel.from_pretrained(model), model, tmp_path / "foreign")
+    settings |= {"TENSORSERVE_MODEL_URI": str(foreign)}
+    del settings["TENSORSERVE_KEY_FILE"]
     with Tensorserve(tmp_path, settings) as engine:
         engine.wait_ready()
         assert embeddings(engine) == wanted
