@@ -151,6 +151,16 @@ def test_tensors_under_names_that_the_model_does_not_know_are_named(
         assert "wrapped.model.embed_tokens.weight" in engine.text
 
 
+def test_tensors_without_data_are_refused_before_vllm_starts(tmp_path: Path, tiny: Model) -> None:
+    """A model that was on torch's meta device, in part, when it was written."""
+    state = AutoModelForCausalLM.from_pretrained(tiny.directory).state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"].to("meta")
+    bundle = write_bundle(state, tiny.directory, tmp_path / "bundle")
+    done = command("check", TENSORSERVE_MODEL_URI=str(bundle), **free())
+    assert done.returncode == 65
+    assert "no data, for example 'model.norm.weight'" in done.stderr
+
+
 def test_experts_that_transformers_holds_fused_are_served(tmp_path: Path, model_dir: Path) -> None:
     """Its checkpoint has each expert alone; its module, which tensorizer writes, all in one."""
     model = tiny_models.mixture_of_experts(tmp_path / "model", model_dir, torch.bfloat16)
@@ -191,6 +201,10 @@ def test_what_vllm_writes_on_a_gpu_is_served(tmp_path: Path, tiny: Model) -> Non
         "TENSORSERVE_KEY_FILE": str(key_file),
     }
     assert command("verify", str(tmp_path / "bundle"), **settings).returncode == 0
+    # It holds one rank's parameters.
+    for_two = command("check", **settings, **free(), TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE="2")
+    assert for_two.returncode == 78
+    assert "2 ranks are asked for" in for_two.stderr
     with Tensorserve(tmp_path, settings) as engine:
         engine.wait_ready()
         assert engine.completions("model", PROMPTS) == tiny.answers
