@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from bench.digest import checksum, data_bytes, digest
 from bench.directories import CACHE
-from tensorserve.packing import pack, prepare_key
+from tensorserve.packing import pack
+from tensorserve.packing_key import prepare_key
 from tensorserve.sources import Access
 
 VOCABULARY = 49152  # SmolLM2's

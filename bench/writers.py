@@ -45,7 +45,8 @@ class WriteJob:
 def pack(job: WriteJob) -> None:
     """`tensorserve pack`, with its manifest and small files. It ends with fsync by itself."""
     from tensorserve.opening import access_for
-    from tensorserve.packing import pack, prepare_key
+    from tensorserve.packing import pack
+    from tensorserve.packing_key import prepare_key
     from tensorserve.settings import Settings
 
     environ = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

@@ -114,7 +114,10 @@ def _parser() -> _Parser:
 
     pack = commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
     pack.add_argument(
-        "source", metavar="SRC", type=Path, help="directory with safetensors and config.json"
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="directory with safetensors and config.json, or organisation/model of the hub",
     )
     pack.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix")
     pack.add_argument(
@@ -131,6 +134,16 @@ def _parser() -> _Parser:
         action="append",
         default=[],
         help="a LoRA adapter (PEFT's directory) to be served under NAME; may be repeated",
+    )
+    pack.add_argument(
+        "--dtype", help="convert floating-point weights: bfloat16, float16 or float32"
+    )
+    pack.add_argument(
+        "--serialization-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="tensorizer's options for writing, as in vLLM's example: "
+        "'{\"limit_cpu_concurrency\": 2}'",
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
@@ -278,8 +291,11 @@ def _stop_cleanly() -> None:
 
 
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.hub import model_directory
     from tensorserve.lora import read_adapters
-    from tensorserve.packing import pack, prepare_key, with_suffix
+    from tensorserve.packing import pack, with_suffix
+    from tensorserve.packing_key import prepare_key
+    from tensorserve.tensorizer_options import encrypting_threads
 
     if options.key_file and not options.encrypt:
         raise UsageError("--key-file without --encrypt.", hint="Add --encrypt.")
@@ -291,20 +307,24 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.passphrase_file and not options.encrypt:
         raise UsageError("--passphrase-file without --encrypt.", hint="Add --encrypt.")
     _stop_cleanly()
+    source, name = model_directory(options.source)
     destination = options.destination
     if options.suffix is not None:
-        destination = with_suffix(destination, options.source, options.suffix)
+        destination = with_suffix(destination, name, options.suffix)
     adapters = read_adapters(options.lora)
+    threads = encrypting_threads(options.serialization_kwargs)
     access, _ = _access(environ)
     key, passphrase = prepare_key(options.key_file, options.passphrase_file)
     with _ByteBar("packing") as bar:
         result = pack(
-            options.source,
+            source,
             destination,
             key=key,
             passphrase=passphrase,
             access=access,
             adapters=adapters,
+            dtype=options.dtype,
+            threads=threads,
             overwrite=options.overwrite,
             progress=bar,
         )

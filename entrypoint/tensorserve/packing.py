@@ -7,19 +7,18 @@ at a time, sealed on the way. There is no plain-text copy and, for S3, no copy o
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tensorserve import __version__
+from tensorserve.casting import Casting
 from tensorserve.checkpoint import Checkpoint, CheckpointReader, read_checkpoint
 from tensorserve.destinations import Destination, open_destination
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
 from tensorserve.format import (
     CHUNK_BYTES,
-    KEY_SIZE,
     FileKey,
     PasswordHash,
     TensorSpec,
@@ -39,7 +38,6 @@ CIPHER = "xsalsa20-poly1305"
 # Room for the manifest and the file system's own needs.
 _SPARE_BYTES = 16 * 1024**2
 _COPY_BYTES = 4 * 1024**2
-_MAX_KEY_FILE = 4096
 
 # (bytes of tensors written, bytes of tensors in all)
 Progress = Callable[[int, int], None]
@@ -80,6 +78,8 @@ def pack(
     key: Secret | None = None,
     passphrase: Secret | None = None,
     adapters: Mapping[str, Checkpoint] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PackResult:
@@ -87,9 +87,10 @@ def pack(
 
     `dest` is a directory or s3://bucket/prefix; `overwrite` lets a bundle there be replaced. With a
     key or a passphrase (not both) the tensors are encrypted, those of `adapters` (lora.py) as well.
-    Memory: the largest tensor, and a few 16 MiB parts for S3. On any error, KeyboardInterrupt
-    included, what was written is removed. Raises ConfigurationError for an unfit source,
-    destination or key, CorruptError for a damaged source, and the destination's errors.
+    `dtype` converts the model's floating-point tensors (casting.py); `threads` bounds how many
+    encrypt. Memory: the largest tensor, and a few 16 MiB parts for S3. On any error,
+    KeyboardInterrupt included, what was written is removed. Raises ConfigurationError for an unfit
+    source, destination or key, CorruptError for a damaged source, and the destination's errors.
     """
     started = time.monotonic()
     if key is not None and passphrase is not None:
@@ -101,6 +102,9 @@ def pack(
         opened_by = parse_passphrase(passphrase)
     checkpoint = read_checkpoint(src)
     _refuse_inside(checkpoint, dest)
+    casting = Casting(checkpoint, dtype) if dtype is not None else None
+    if casting is not None:
+        checkpoint = casting.checkpoint
     derivation = fresh_password_hash() if passphrase is not None else None
     parts = [_Part(checkpoint, TENSORS_NAME, "", opened_by is not None, derivation)]
     for name, adapter in sorted((adapters or {}).items()):
@@ -113,10 +117,15 @@ def pack(
     try:
         # The largest and likeliest to fail first; what makes it a bundle last.
         tensors = {
-            part.tensors_name: _write_tensors(destination, part, opened_by, count) for part in parts
+            part.tensors_name: _write_tensors(
+                destination, part, opened_by, count, casting if not part.folder else None, threads
+            )
+            for part in parts
         }
         files = tuple(
-            _copy(destination, part.checkpoint, name, size, part.folder + name)
+            _write(destination, name, casting.config())
+            if casting is not None and part.folder + name == "config.json"
+            else _copy(destination, part.checkpoint, name, size, part.folder + name)
             for part in parts
             for name, size in part.checkpoint.files.items()
         )
@@ -128,8 +137,7 @@ def pack(
             else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
             made_by={"tensorserve": __version__},
         ).to_json()
-        with destination.create(MANIFEST, len(manifest)) as out:
-            out.write(manifest)
+        _write(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
         try:
@@ -150,37 +158,12 @@ def pack(
     )
 
 
-def with_suffix(dest: str, src: Path, suffix: str) -> str:
-    """`dest`/vllm/<name of the model>/<suffix>, as vLLM's own script lays out its models."""
-    name = (src if src.is_dir() else src.parent).resolve().name
-    for part in (name, suffix):
+def with_suffix(dest: str, model: str, suffix: str) -> str:
+    """`dest`/vllm/<model>/<suffix>, as vLLM's own script lays out its models."""
+    for part in (model, suffix):
         if not part.strip("/.") or part != part.strip("/") or ".." in part.split("/"):
             raise UsageError(f"--suffix: {part!r} cannot be part of a path.")
-    return f"{dest.rstrip('/')}/vllm/{name}/{suffix}"
-
-
-def prepare_key(
-    key_file: Path | None, passphrase_file: Path | None
-) -> tuple[Secret | None, Secret | None]:
-    """(key, passphrase) for `pack`, from the files that the user names.
-
-    A key file that does not exist is made: 32 random bytes, raw, as vLLM's `encryption_keyfile`
-    wants them, readable by its owner only. Raises UsageError if both are given, ConfigurationError
-    if a file cannot be read or made or holds no key.
-    """
-    if key_file is not None and passphrase_file is not None:
-        raise UsageError("--key-file and --passphrase-file exclude each other.")
-    if passphrase_file is not None:
-        passphrase = Secret(_read_secret(passphrase_file), str(passphrase_file))
-        parse_passphrase(passphrase)
-        return None, passphrase
-    if key_file is None:
-        return None, None
-    made = _make_key(key_file)
-    key = Secret(made, f"{key_file} (new: keep a copy)") if made else None
-    key = key or Secret(_read_secret(key_file), str(key_file))
-    parse_key(key)
-    return key, None
+    return f"{dest.rstrip('/')}/vllm/{model}/{suffix}"
 
 
 class _Part:
@@ -229,17 +212,27 @@ def _refuse_twice(parts: list[_Part]) -> None:
 
 
 def _write_tensors(
-    destination: Destination, part: _Part, key: FileKey | None, count: _Count
+    destination: Destination,
+    part: _Part,
+    key: FileKey | None,
+    count: _Count,
+    casting: Casting | None,
+    threads: int | None,
 ) -> TensorsEntry:
-    plan, reader = part.plan, CheckpointReader(part.checkpoint)
+    plan, reader = (
+        part.plan,
+        CheckpointReader(part.checkpoint if casting is None else casting.stored),
+    )
+    read = reader.read_into if casting is None else casting.reader(reader.read_into)
     try:
         with destination.create(part.tensors_name, plan.index.size) as out:
             headers = write_file(
                 out,
                 plan,
-                lambda record, start, view: reader.read_into(record.name, start, view),
+                lambda record, start, view: read(record.name, start, view),
                 key=key,
                 on_bytes=count,
+                threads=threads,
             )
     finally:
         reader.close()
@@ -270,6 +263,12 @@ def _copy(
     return FileEntry(target, size, digest.hexdigest())
 
 
+def _write(destination: Destination, name: str, data: bytes) -> FileEntry:
+    with destination.create(name, len(data)) as out:
+        out.write(data)
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
 def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
     if "://" in dest:
         return
@@ -279,41 +278,3 @@ def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
             f"The bundle would lie inside of the model's own directory {source}.",
             hint="Give a directory beside it.",
         )
-
-
-def _make_key(path: Path) -> bytes | None:
-    """A fresh key, written to `path`; None if that exists."""
-    key = os.urandom(KEY_SIZE)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return None
-    except OSError as error:
-        raise ConfigurationError(
-            f"The key file {path} could not be made: {error.strerror}.",
-            hint="Name a file in a directory that exists and can be written.",
-        ) from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise ConfigurationError(
-            f"The key file {path} could not be written: {error.strerror}."
-        ) from error
-    return key
-
-
-def _read_secret(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_KEY_FILE + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{path} could not be read: {error.strerror}.") from error
-    if len(data) > _MAX_KEY_FILE:
-        raise ConfigurationError(
-            f"{path} holds more than {_MAX_KEY_FILE} bytes: it is no key or passphrase."
-        )
-    return data

@@ -7,10 +7,11 @@ vLLM's page. Each option is mapped to a setting or refused with the reason; none
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensorserve.errors import ConfigurationError
+from tensorserve.errors import ConfigurationError, UsageError
 
 # What vLLM adds by itself (engine/arg_utils.py, create_load_config).
 _VLLMS_OWN = "tensorizer_config"
@@ -152,3 +153,31 @@ OPTIONS: dict[str, Callable[[str, Any], Mapped]] = {
     "hf_config": _refused("vLLM finds it in config.json."),
 }
 """Each option of vLLM's TensorizerConfig → what it means in variables."""
+
+
+def encrypting_threads(text: str) -> int | None:
+    """What `--serialization-kwargs` (JSON, for tensorizer's TensorSerializer) means to `pack`.
+
+    Raises UsageError for what has no meaning here.
+    """
+    try:
+        options = json.loads(text)
+        if not isinstance(options, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--serialization-kwargs is not a JSON object: {error}.") from error
+    threads = options.pop("limit_cpu_concurrency", None)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"limit_cpu_concurrency is {threads!r}, not a number above 0.")
+    if options.pop("compress_tensors", False):
+        raise UsageError(
+            "compress_tensors: tensorizer itself writes tensors as they are.", hint="Leave it out."
+        )
+    if "encryption" in options:
+        raise UsageError("encryption is no option in JSON.", hint="Use --encrypt --key-file PATH.")
+    if options:
+        raise UsageError(
+            f"--serialization-kwargs has {next(iter(options))!r}, which tensorizer does not know.",
+            hint="It may have limit_cpu_concurrency.",
+        )
+    return threads

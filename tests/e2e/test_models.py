@@ -42,10 +42,8 @@ KINDS = {
     ),
     "quantized-w8a8": Kind(tiny_models.quantized),
     "float16-tied": Kind(_llama(torch.float16, tied=True)),
-    "float32-untied": Kind(_llama(torch.float32, tied=False)),
     # The weights are converted on their way into the model.
-    "float16-untied-as-float32": Kind(_llama(torch.float16, tied=False), "float32"),
-    "float32-tied-as-bfloat16": Kind(_llama(torch.float32, tied=True), "bfloat16"),
+    "float32-untied-as-bfloat16": Kind(_llama(torch.float32, tied=False), "bfloat16"),
 }
 
 

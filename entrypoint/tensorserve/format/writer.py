@@ -149,10 +149,12 @@ def write_file(
     *,
     key: FileKey | None,
     on_bytes: Callable[[int], None] = lambda _: None,
+    threads: int | None = None,
 ) -> str:
     """Writes the planned file to ``out``; gives the SHA-256 (hex) of all tensor headers in order.
 
-    ``read`` fills a buffer with bytes of a tensor; ``on_bytes`` is told of data written, in bytes.
+    ``read`` fills a buffer with bytes of a tensor; ``on_bytes`` is told of data written, in bytes;
+    ``threads`` encrypt, else as many as help.
     Memory: the largest tensor. Raises what ``read`` and ``out`` raise, ValueError if a key is given
     for a plain file or none for an encrypted one, and the key's errors.
     """
@@ -165,7 +167,7 @@ def write_file(
     buffer = memoryview(bytearray(max(tensor.length for tensor in tensors)))
     # One random start for the file, counted on from chunk to chunk: no nonce comes twice.
     start, used = os.urandom(NONCE_SIZE), 0
-    threads = min(4, len(os.sched_getaffinity(0)))
+    threads = threads or min(4, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-seal") as pool:
         for record in tensors:
             data = buffer[: record.length]

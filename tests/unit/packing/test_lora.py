@@ -162,11 +162,9 @@ def test_the_largest_rank_counts() -> None:
         rank_of(b"[" * 100_000, "here")
 
 
-def test_a_suffix_is_vllms_own_layout(tmp_path: Path) -> None:
+def test_a_suffix_is_vllms_own_layout() -> None:
     """DEST/vllm/<model>/<suffix>; what would leave that is refused."""
-    source = tmp_path / "my-model"
-    source.mkdir()
-    assert with_suffix("s3://bucket/", source, "v1") == "s3://bucket/vllm/my-model/v1"
+    assert with_suffix("s3://bucket/", "my-model", "v1") == "s3://bucket/vllm/my-model/v1"
     for suffix in ("", "..", "../x", "/x", "."):
         with pytest.raises(UsageError):
-            with_suffix("s3://bucket", source, suffix)
+            with_suffix("s3://bucket", "my-model", suffix)

@@ -18,7 +18,8 @@ from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.keys import parse_key
 from tensorserve.manifest import check_index, read_manifest
 from tensorserve.opening import open_tensors
-from tensorserve.packing import pack, prepare_key
+from tensorserve.packing import pack
+from tensorserve.packing_key import prepare_key
 from tensorserve.secret import Secret
 from tensorserve.verifying import verify
 
