@@ -17,6 +17,8 @@ _LINEAR = 0.8
 # the step worth it.
 _SETTLE, _MEASURE = 0.15, 0.15
 _SLOW_START = 0.5
+# A rate that grows no faster than that from one measurement to the next has settled.
+_STEADY = 1.1
 # Between looks at whether the first byte has come.
 _POLL = 0.01
 # A link may change: every so often one more step is tried, and at once where the rate falls that
@@ -50,6 +52,7 @@ class Connections:
         self._before: tuple[int, float] | None = None  # connections and rate before the last step
         self._mark: tuple[float, int] | None = None
         self._factor = 4
+        self._latest: float | None = None  # the rate with as many connections as now
         self._held: tuple[float, float] | None = None  # since when no step helps, and the rate then
 
     def step(self) -> float:
@@ -82,6 +85,10 @@ class Connections:
 
     def _climb(self, now: float, rate: float) -> float:
         assert self._settle is not None
+        latest, self._latest = self._latest, rate
+        if self._before is not None and (latest is None or rate > _STEADY * latest):
+            # Still on its way up. What comes later must not be credited to the next step.
+            return _POLL
         factor = self._factor
         if self._before is not None:
             before, slower = self._before
@@ -99,6 +106,7 @@ class Connections:
             self._held = now, rate
             return self._settle
         self._before = (self.target, rate)
+        self._latest = None
         self.target = min(self._most, self.target * factor)
         return self._settle
 

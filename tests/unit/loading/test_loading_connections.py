@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -58,6 +59,18 @@ def test_it_follows_a_link_that_becomes_faster() -> None:
     link.rate = lambda n: n * 10 * MB
     link.run(30)
     assert link.connections.target == 256
+
+
+def test_a_server_that_warms_up_does_not_drive_it_too_high() -> None:
+    """The rate grows by itself for a while after each step; 64 connections fill this link."""
+    link = Link(lambda n: min(n * 10, 470) * MB * (1 - math.exp(-link.now / 0.5)))
+    link.run(2.5)
+    assert link.connections.target == 64
+    visited = []
+    for _ in range(20):
+        link.run(0.1)
+        visited.append(link.connections.target)
+    assert visited.count(64) >= 15
 
 
 def test_it_climbs_at_once_where_the_rate_falls() -> None:
