@@ -32,6 +32,7 @@ from s3server import S3Server, free_ports  # isort: skip
 from smollm2 import ensure_model as ensure_smollm2  # isort: skip
 
 BUCKET = "models"
+KINDS = ("ours", "no-prefetch", "safetensors", "dummy")
 _POLL_SECONDS = 0.05
 _READY_SECONDS = 600.0
 # As in demo/demo.py, the same for all. Eager: else vLLM compiles for half a minute.
@@ -68,8 +69,11 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="+", choices=("smollm2", "random"), default=["smollm2", "random"]
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if "dummy" not in options.kinds:
+        parser.error("--kinds needs dummy, with which the others are compared")
     return run_alone(lambda: run(options))
 
 
@@ -85,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         server.make_bucket(BUCKET)
         for name in options.models:
             packed = _pack(name, options.size, server)
-            found = _compare(packed, server, Path(temporary), options.repetitions)
+            found = _compare(packed, server, Path(temporary), options.repetitions, options.kinds)
             starts[packed.name] = {
                 kind: [vars(start) for start in made] for kind, made in found.items()
             }
@@ -102,15 +106,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(
-    packed: Packed, server: S3Server, directory: Path, repetitions: int
+    packed: Packed, server: S3Server, directory: Path, repetitions: int, chosen: list[str]
 ) -> dict[str, list[Started]]:
     weights = packed.directory / "model.safetensors"
-    kinds: dict[str, Callable[[], Started]] = {
+    every: dict[str, Callable[[], Started]] = {
         "ours": lambda: _start_ours(packed, server, directory),
         "no-prefetch": lambda: _start_ours(packed, server, directory, prefetch="off"),
         "safetensors": lambda: _start_stock(packed, directory),
         "dummy": lambda: _start_stock(packed, directory, "--load-format", "dummy"),
     }
+    kinds = {kind: every[kind] for kind in KINDS if kind in chosen}
     print(f"\n{packed.name}", flush=True)
     # Not counted: the first start reads vLLM's own files from disk.
     kinds["dummy"]()
@@ -229,12 +234,16 @@ def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, A
     base = [start.seconds for start in found["dummy"]]
     rows = [("time, ratio to dummy", "", "seconds to ready")]
     for kind, label in labels.items():
+        if kind not in found:
+            continue
         seconds = [start.seconds for start in found[kind]]
         ratios = [mine / theirs for mine, theirs in zip(seconds, base, strict=True)]
         ratio = "base" if kind == "dummy" else table.shown(results.spread(ratios), "×")
         rows.append((ratio, label, table.shown(results.spread(seconds))))
     tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready", "rows": rows}]
     for kind, title in (("ours", "phases"), ("no-prefetch", "phases, nothing fetched ahead")):
+        if kind not in found:
+            continue
         phases = [("share", "phase of our start", "seconds")]
         whole = median(start.seconds for start in found[kind])
         for phase in found[kind][0].phases:

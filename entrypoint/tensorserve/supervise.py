@@ -152,7 +152,15 @@ class _Container:
         }
         conf, pidfile = str(supervisord_conf()), str(settings.state_dir / "supervisord.pid")
         return subprocess.Popen(
-            [sys.executable, "-m", "supervisor.supervisord", "-c", conf, "--pidfile", pidfile],
+            [
+                sys.executable,
+                "-m",
+                "tensorserve.prompt_supervisord",
+                "-c",
+                conf,
+                "--pidfile",
+                pidfile,
+            ],
             env=environment,
             cwd=settings.state_dir,
             stdin=subprocess.DEVNULL,

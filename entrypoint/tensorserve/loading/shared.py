@@ -5,13 +5,13 @@ Only what stands in the file is in this memory: of an encrypted model nothing in
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import mmap
 import os
 import struct
 
+from tensorserve.linux import FALLOC_PUNCH_HOLE, fallocate
 from tensorserve.sources import Source
 
 BLOCK_BYTES = 8 * 1024**2
@@ -23,7 +23,6 @@ _MAGIC = b"tsfetch1"
 _STOP = 64  # one byte: fetch nothing new
 _POSITIONS = 128  # u64 for each rank: it needs nothing before that offset
 _STATES = _POSITIONS + 8 * MAX_RANKS
-_FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
 
 class SharedBlocks:
@@ -128,20 +127,13 @@ class SharedBlocks:
         self.set_state(number, ABSENT)
         start = self._base + number * BLOCK_BYTES
         length = min(BLOCK_BYTES, self.size - number * BLOCK_BYTES)
-        _fallocate(self._fd, _FALLOC_PUNCH_HOLE, start, length)
+        fallocate(self._fd, FALLOC_PUNCH_HOLE, start, length)
 
     def free_all(self) -> None:
         """Give everything back."""
         for number in range(self.blocks):
             if self.state(number) != ABSENT:
                 self.free(number)
-
-
-def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
-    function = ctypes.CDLL(None, use_errno=True).fallocate
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-    if function(descriptor, mode, offset, length):
-        raise OSError(ctypes.get_errno(), "fallocate")
 
 
 def _header_bytes(blocks: int) -> int:

@@ -1,0 +1,39 @@
+"""supervisord that starts its programs at once.
+
+Its loop waits for a second before it looks at them for the first time: a second of every start in
+which nothing happens (supervisor 4.3.0, Supervisor.runforever). Otherwise it is stock.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from supervisor.medusa import asyncore_25 as asyncore
+from supervisor.options import ServerOptions
+from supervisor.supervisord import Supervisor
+
+
+class _Prompt(Supervisor):  # type: ignore[misc] # supervisor has no types
+    def runforever(self) -> None:
+        groups: list[Any] = sorted(self.process_groups.values())
+        for group in groups:
+            group.transition()
+        super().runforever()
+
+
+def main() -> None:
+    """As `supervisord` with the arguments of this process."""
+    options = ServerOptions()
+    options.realize(sys.argv[1:], doc=__doc__)
+    options.first, options.test = True, False
+    try:
+        _Prompt(options).main()
+    except asyncore.ExitNow:
+        pass
+    finally:
+        options.close_logger()
+
+
+if __name__ == "__main__":
+    main()
