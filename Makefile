@@ -38,6 +38,11 @@ test-unit: venv ## unit tests (a minute)
 test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 	@$(BIN)/python -m pytest tests/e2e --timeout 600
 
+# Not in CI, which has 40 minutes for everything.
+.PHONY: test-models
+test-models: venv ## each kind of model, and bundles made by others, beside stock vLLM (15 minutes)
+	@$(BIN)/python -m pytest tests/models --timeout 600
+
 .PHONY: test-config
 test-config: venv ## Prometheus rules and dashboard on a real Prometheus
 	@docker/system-packages prometheus promtool

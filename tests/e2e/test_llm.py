@@ -56,71 +56,60 @@ def packed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, s3: S3Serv
 def test_llm_loads_from_disk_http_and_s3(
     tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
 ) -> None:
-    """Two models in one process, from three places; each LLM has its own weights."""
+    """Two models in one process, from three places, and by vLLM's own options; each LLM has its
+    own weights."""
     other = tiny_models.llama(tmp_path / "other", model_dir, torch.bfloat16, tied=False)
     pack(other, str(tmp_path / "tiny"), tmp_path / "tiny.key")
+    by_options = {
+        "model": str(model_dir),
+        "load_format": "tensorizer",
+        "model_loader_extra_config": {
+            "tensorizer_uri": "s3://llm/smollm2/model.tensors",
+            "encryption_keyfile": str(packed / "key"),
+            "s3_endpoint": s3.endpoint_url,
+            "s3_access_key_id": s3.access_key,
+            "s3_secret_access_key": s3.secret_key,
+            "deserialization_kwargs": {"num_readers": 2, "verify_hash": True},
+        },
+    }
+    tiny_key = {"key_file": str(tmp_path / "tiny.key")}
     with RangeServer(packed / "bundle") as server:
-        smollm2, tiny, over_http, from_s3 = answers(
+        smollm2, tiny, over_http, from_s3, with_options = answers(
             [
                 {"uri": str(packed / "bundle"), "settings": {"key_file": str(packed / "key")}},
-                {
-                    "uri": str(tmp_path / "tiny"),
-                    "settings": {"key_file": str(tmp_path / "tiny.key")},
-                },
+                {"uri": str(tmp_path / "tiny"), "settings": tiny_key},
                 {"uri": server.url, "settings": {"key": (packed / "key").read_bytes().hex()}},
                 {"uri": "s3://llm/smollm2", "settings": {"key_file": str(packed / "key")}},
+                {"llm": by_options},
             ],
             **s3.environment,
         )
     stock_smollm2, stock_tiny = answers(
         [{"llm": {"model": str(model_dir)}}, {"llm": {"model": str(other)}}]
     )
-    assert smollm2 == over_http == from_s3 == stock_smollm2
+    assert smollm2 == over_http == from_s3 == with_options == stock_smollm2
     assert tiny == stock_tiny != smollm2
 
 
-def test_llm_takes_vllms_own_options(packed: Path, model_dir: Path, s3: S3Server) -> None:
-    """load_format="tensorizer" and model_loader_extra_config, as on vLLM's page."""
-    options = {
-        "tensorizer_uri": "s3://llm/smollm2/model.tensors",
-        "encryption_keyfile": str(packed / "key"),
-        "s3_endpoint": s3.environment["AWS_ENDPOINT_URL_S3"],
-        "s3_access_key_id": s3.environment["AWS_ACCESS_KEY_ID"],
-        "s3_secret_access_key": s3.environment["AWS_SECRET_ACCESS_KEY"],
-        "deserialization_kwargs": {"num_readers": 2, "verify_hash": True},
-    }
-    with_options = {
-        "model": str(model_dir),
-        "load_format": "tensorizer",
-        "model_loader_extra_config": options,
-    }
-    found, wanted = answers([{"llm": with_options}, {"llm": {"model": str(model_dir)}}])
-    assert found == wanted
-
-
-@pytest.mark.parametrize("key_in_s3", [False, True])
 def test_vllm_serve_takes_its_own_options(
-    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server, *, key_in_s3: bool
+    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
 ) -> None:
-    """`vllm serve DIR --load-format tensorizer`, encrypted; the key from a file or from S3."""
+    """`vllm serve DIR --load-format tensorizer`, encrypted; the key comes from S3."""
     with stock_vllm(tmp_path, model_dir) as stock:
         stock.wait_ready()
         wanted = stock.completions("model", PROMPTS)
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3.endpoint_url,
+        aws_access_key_id=s3.access_key,
+        aws_secret_access_key=s3.secret_key,
+        region_name="us-east-1",
+    )
+    client.put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
     engine = stock_vllm(tmp_path, packed / "bundle")
-    keyfile = str(packed / "key")
-    if key_in_s3:
-        keyfile = "s3://llm/the.key"
-        client = boto3.client(
-            "s3",
-            endpoint_url=s3.endpoint_url,
-            aws_access_key_id=s3.access_key,
-            aws_secret_access_key=s3.secret_key,
-            region_name="us-east-1",
-        )
-        client.put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
-        engine.environment |= s3.environment
+    engine.environment |= s3.environment
     engine.command += ["--load-format", "tensorizer", "--model-loader-extra-config"]
-    engine.command += [json.dumps({"encryption_keyfile": keyfile})]
+    engine.command += [json.dumps({"encryption_keyfile": "s3://llm/the.key"})]
     with engine:
         engine.wait_ready()
         assert engine.completions("model", PROMPTS) == wanted
