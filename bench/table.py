@@ -91,15 +91,21 @@ def tables_of(run: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]
     return [(table["title"], [tuple(row) for row in table["rows"]]) for table in run["tables"]]
 
 
+def page(results: Sequence[Path]) -> str:
+    """The Markdown of results: docs/measurements.md below its mark."""
+    parts = []
+    for path in results:
+        run = json.loads(path.read_text())
+        parts.append(f"## {path.stem}\n\n{machine_line(run)}.")
+        parts += [f"**{title}**\n\n{markdown(rows)}" for title, rows in tables_of(run)]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     """Print the Markdown of one or more results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", type=Path)
-    for path in parser.parse_args().results:
-        run = json.loads(path.read_text())
-        print(f"{machine_line(run)} (`{path.name}`)\n")
-        for title, rows in tables_of(run):
-            print(f"**{title}**\n\n{markdown(rows)}\n")
+    print(page(sorted(parser.parse_args().results)), end="")
 
 
 if __name__ == "__main__":
