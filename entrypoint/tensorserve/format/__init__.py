@@ -5,8 +5,8 @@
 ``plan_file`` says how a new file will look, ``write_file`` writes it from front to back.
 """
 
+from tensorserve.format.box import KEY_SIZE
 from tensorserve.format.crypto import (
-    KEY_SIZE,
     TagMismatchError,
     derive_key,
     nonce_at,

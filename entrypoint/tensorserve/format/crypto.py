@@ -1,6 +1,7 @@
-"""How is one chunk opened or sealed, and a key derived, with libsodium?
+"""How is one chunk opened or sealed, and a key derived?
 
-libsodium is called through ctypes, which releases the GIL: threads decrypt in parallel.
+The C behind it (box.py) is called through ctypes, which releases the GIL: threads decrypt in
+parallel.
 Primitives: crypto_secretbox (XSalsa20-Poly1305, https://doc.libsodium.org/secret-key_cryptography/
 secretbox) and crypto_pwhash (Argon2id 1.3, RFC 9106, https://doc.libsodium.org/password_hashing).
 """
@@ -8,16 +9,12 @@ secretbox) and crypto_pwhash (Argon2id 1.3, RFC 9106, https://doc.libsodium.org/
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.format.box import KEY_SIZE, NONCE_SIZE, TAG_SIZE, fastest_box, sodium
 
-KEY_SIZE = 32
-NONCE_SIZE = 24
-TAG_SIZE = 16
 SALT_SIZE = 16
 ALGORITHM_ARGON2ID13 = 2
 
@@ -27,8 +24,6 @@ MIN_DERIVATION_MEMORY = 8 * 1024
 MAX_DERIVATION_MEMORY = 4 * 1024**3  # bytes
 MAX_DERIVATION_PASSES = 2**16
 MAX_DERIVATION_WORK = 64 * 1024**3  # bytes times passes: about a minute
-
-_PACKAGE_HINT = "Install it: `apt-get install libsodium23` (Debian, Ubuntu)."
 
 
 class TagMismatchError(CorruptError):
@@ -77,37 +72,6 @@ def _address(data: bytes | memoryview, flags: int) -> Iterator[int]:
         _release_buffer(ctypes.byref(view))
 
 
-@cache
-def _sodium() -> ctypes.CDLL:
-    # By name first: find_library needs ldconfig or a compiler, which slim images lack.
-    tried = ("libsodium.so.23", "libsodium.so.26", ctypes.util.find_library("sodium"))
-    for name in filter(None, tried):
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        break
-    else:
-        raise ConfigurationError(
-            "libsodium, which encrypted files need, is not installed.", hint=_PACKAGE_HINT
-        )
-    library.crypto_secretbox_open_detached.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulonglong),
-        *(ctypes.c_char_p, ctypes.c_char_p),
-    )
-    library.crypto_secretbox_detached.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_ulonglong),
-        *(ctypes.c_char_p, ctypes.c_char_p),
-    )
-    library.crypto_pwhash.argtypes = (
-        *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_char_p, ctypes.c_ulonglong),
-        *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_int),
-    )
-    if library.sodium_init() < 0:
-        raise ConfigurationError("libsodium cannot be initialised.", hint=_PACKAGE_HINT)
-    return library
-
-
 def nonce_at(first: bytes, index: int) -> bytes:
     """The nonce of chunk ``index``: (first + index) mod 2^192, little-endian, 24 bytes."""
     number = int.from_bytes(first, "little") + index
@@ -133,9 +97,7 @@ def open_chunk(
         _address(ciphertext, _CONTIGUOUS) as source,
         _address(out, _CONTIGUOUS_WRITABLE) as target,
     ):
-        failed = _sodium().crypto_secretbox_open_detached(
-            target, source, tag, ciphertext.nbytes, nonce, key
-        )
+        failed = fastest_box().open(target, source, tag, ciphertext.nbytes, nonce, key)
     if failed:
         raise TagMismatchError("The authentication tag of a chunk does not fit.")
 
@@ -155,7 +117,7 @@ def seal_chunk(key: bytes, nonce: bytes, plaintext: memoryview, out: memoryview)
         _address(plaintext, _CONTIGUOUS) as source,
         _address(out, _CONTIGUOUS_WRITABLE) as target,
     ):
-        _sodium().crypto_secretbox_detached(target, tag, source, plaintext.nbytes, nonce, key)
+        fastest_box().seal(target, tag, source, plaintext.nbytes, nonce, key)
     return tag.raw
 
 
@@ -181,7 +143,7 @@ def derive_key(
             "Otherwise the file is damaged or forged.",
         )
     key = ctypes.create_string_buffer(KEY_SIZE)
-    failed = _sodium().crypto_pwhash(
+    failed = sodium().crypto_pwhash(
         key, KEY_SIZE, passphrase, len(passphrase), salt, passes, memory, ALGORITHM_ARGON2ID13
     )
     if failed:

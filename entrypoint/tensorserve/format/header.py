@@ -14,11 +14,10 @@ from typing import Protocol
 
 from tensorserve.errors import CorruptError
 from tensorserve.format.bounded import DAMAGED_HINT, BoundedReader
+from tensorserve.format.box import NONCE_SIZE, TAG_SIZE
 from tensorserve.format.crypto import (
     ALGORITHM_ARGON2ID13,
-    NONCE_SIZE,
     SALT_SIZE,
-    TAG_SIZE,
     nonce_at,
 )
 from tensorserve.format.index import MIN_CHUNK

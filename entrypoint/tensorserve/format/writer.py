@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.format.box import NONCE_SIZE, TAG_SIZE
 from tensorserve.format.crypto import (
     ALGORITHM_ARGON2ID13,
-    NONCE_SIZE,
     SALT_SIZE,
-    TAG_SIZE,
     nonce_at,
     seal_chunk,
 )

@@ -8,7 +8,8 @@ import threading
 from typing import NoReturn
 
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
-from tensorserve.format.crypto import KEY_SIZE, derive_key
+from tensorserve.format.box import KEY_SIZE
+from tensorserve.format.crypto import derive_key
 from tensorserve.format.header import PasswordHash, TensorHeader
 from tensorserve.secret import REDACTED, Secret
 

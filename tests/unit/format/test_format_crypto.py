@@ -12,7 +12,7 @@ import pytest
 from tensorizer import EncryptionParams
 
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.format import TagMismatchError, crypto, derive_key, nonce_at, open_chunk
+from tensorserve.format import TagMismatchError, box, derive_key, nonce_at, open_chunk
 
 KEY = bytes(range(32))
 NONCE = bytes(range(100, 124))
@@ -181,11 +181,14 @@ def without_libsodium(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    crypto._sodium.cache_clear()
+    forget = (box.sodium, box.own_box, box.fastest_box)
+    for cached in forget:
+        cached.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so.99")
     yield
-    crypto._sodium.cache_clear()
+    for cached in forget:
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("without_libsodium")

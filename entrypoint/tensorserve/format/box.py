@@ -1,0 +1,104 @@
+"""Whose C opens and seals a box (XSalsa20-Poly1305): libsodium's, or our own secretbox.c?
+
+Ours needs AVX-512 IFMA (Intel since Ice Lake, AMD since Zen 4) and is two to three times as fast.
+It was built if there was a compiler; libsodium is always needed, for all else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorserve.errors import ConfigurationError
+
+KEY_SIZE = 32
+NONCE_SIZE = 24
+TAG_SIZE = 16
+
+_PACKAGE_HINT = "Install it: `apt-get install libsodium23` (Debian, Ubuntu)."
+
+
+class Box(NamedTuple):
+    """An implementation of secretbox: two functions of C with libsodium's arguments."""
+
+    name: str
+    open: Any  # (out, sealed, tag, length, nonce, key) -> 0 where the tag fits
+    seal: Any  # (out, tag, plain, length, nonce, key)
+
+
+def sodium_box() -> Box:
+    """libsodium's. Raises ConfigurationError where it is not installed."""
+    library = sodium()
+    box = Box(
+        "libsodium", library.crypto_secretbox_open_detached, library.crypto_secretbox_detached
+    )
+    return _declared(box)
+
+
+@cache
+def own_box() -> Box | None:
+    """secretbox.c's; None where it was not built, or this processor lacks what it needs."""
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name("_secretbox.so")))
+    except OSError:
+        return None
+    if not library.box_supported():
+        return None
+    box = _declared(Box("AVX-512", library.box_open, library.box_seal))
+    # Once for each process, some microseconds: an emulated processor may promise what it cannot do.
+    return box if _sample(box) == _sample(sodium_box()) else None
+
+
+@cache
+def fastest_box() -> Box:
+    """The one that `open_chunk` and `seal_chunk` call."""
+    return own_box() or sodium_box()
+
+
+def _declared(box: Box) -> Box:
+    box.open.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulonglong),
+        *(ctypes.c_char_p, ctypes.c_char_p),
+    )
+    box.seal.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_ulonglong),
+        *(ctypes.c_char_p, ctypes.c_char_p),
+    )
+    return box
+
+
+def _sample(box: Box) -> tuple[bytes, bytes]:
+    """What `box` makes of some bytes that take every way through it: whole rounds and a rest."""
+    key, nonce = bytes(range(KEY_SIZE)), bytes(range(NONCE_SIZE))
+    plain = (ctypes.c_char * 2347).from_buffer_copy(bytes(i * 89 % 256 for i in range(2347)))
+    out = ctypes.create_string_buffer(len(plain))
+    tag = ctypes.create_string_buffer(TAG_SIZE)
+    box.seal(out, tag, plain, len(plain), nonce, key)
+    return out.raw, tag.raw
+
+
+@cache
+def sodium() -> ctypes.CDLL:
+    """libsodium, initialised. Raises ConfigurationError where it is not installed."""
+    # By name first: find_library needs ldconfig or a compiler, which slim images lack.
+    tried = ("libsodium.so.23", "libsodium.so.26", ctypes.util.find_library("sodium"))
+    for name in filter(None, tried):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        break
+    else:
+        raise ConfigurationError(
+            "libsodium, which encrypted files need, is not installed.", hint=_PACKAGE_HINT
+        )
+    library.crypto_pwhash.argtypes = (
+        *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_char_p, ctypes.c_ulonglong),
+        *(ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_size_t, ctypes.c_int),
+    )
+    if library.sodium_init() < 0:
+        raise ConfigurationError("libsodium cannot be initialised.", hint=_PACKAGE_HINT)
+    return library
