@@ -22,6 +22,7 @@ from tensorserve.format import (
     parse_header,
     verify_hashes,
 )
+from tensorserve.linux import populate
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES
 from tensorserve.loading.staging import Staging
@@ -133,6 +134,8 @@ class Opener:
         place: memoryview,
     ) -> None:
         """Open `data` into `place`; what is opened later only goes there."""
+        if self._staging is None:
+            populate(place)
         if header.chunks is not None and not tensor.sealed:
             self._open_boxes(tensor, header, start, data, place)
         elif (

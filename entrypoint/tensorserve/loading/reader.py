@@ -14,6 +14,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from tensorserve.format import TensorRecord
+from tensorserve.linux import populate
 from tensorserve.loading.memory import Buffers
 from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.progress import LoadProgress
@@ -124,6 +125,7 @@ class Reader:
             start = (first + number - 1) * PART_BYTES
             if self._direct:
                 buffer = tensor.view[start : start + lengths[number]]
+                populate(buffer)
             elif self.apart or number == 1:
                 buffer = self._buffers.take()
             return buffer[: lengths[number]]
