@@ -25,9 +25,9 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 
 
 def populate(memory: memoryview) -> None:
-    """madvise(2), MADV_POPULATE_WRITE: the kernel finds all pages of `memory` (writable) in one call.
+    """madvise(2), MADV_POPULATE_WRITE: the kernel finds all pages of `memory` in one call.
 
-    A fault for each page, as they are written, costs half as much again. Where it cannot be done
+    A fault for each page, as it is written, costs half as much again. Where it cannot be done
     nothing is: the pages then come as they are written.
     """
     global _populates

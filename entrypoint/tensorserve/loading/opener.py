@@ -24,9 +24,20 @@ from tensorserve.format import (
 )
 from tensorserve.linux import populate
 from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.schedule import BATCH_BYTES, PART_BYTES
+from tensorserve.loading.schedule import PART_BYTES
 from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
+
+# Its number among the parts of a tensor.
+_HEADER = -1
+
+
+@dataclass(eq=False)
+class _Joined:
+    """Bytes that come in more than one piece."""
+
+    memory: memoryview
+    left: int
 
 
 @dataclass(eq=False)
@@ -41,7 +52,8 @@ class Pending:
     sealed: bool = False  # they come sealed, and are opened when all are there
     header: TensorHeader | None = None
     header_known: threading.Event = field(default_factory=threading.Event)
-    opened: set[int] = field(default_factory=set)  # parts that some thread opens or opened
+    # Where they come in two halves: the header (-1) and parts, by number, that are not whole yet.
+    halves: dict[int, _Joined] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: object | None = None  # where it is staged: what to wait for on the device
@@ -75,37 +87,80 @@ class Opener:
         headers = (self._headers[offset] for offset in sorted(self._headers))
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
-    def take_header(self, tensor: Pending, data: memoryview) -> None:
-        """Parse a tensor's header. Raises CorruptError."""
+    def take_header(self, tensor: Pending, start: int, data: memoryview) -> bool:
+        """Bytes of a tensor's header, from `start` of it on; True when that was all of the tensor.
+
+        Raises CorruptError.
+        """
+        whole = self._join(tensor, _HEADER, tensor.record.header_length, start, data)
+        if whole is None:
+            return False
         try:
-            self._parse(tensor, data)
+            self._parse(tensor, whole)
         except CorruptError:
             self._read_header_again(tensor)
         tensor.header_known.set()
+        if tensor.record.length:
+            return False
+        self._complete(tensor)
+        return True
 
-    def take(self, tensor: Pending, start: int, data: memoryview) -> bool:
+    def take(self, tensor: Pending, start: int, data: memoryview, *, placed: bool = False) -> bool:
         """What stands in the file from `start` of the tensor on; True when it was the last of it.
 
-        `data` is whole chunks, or all of the tensor. Raises CorruptError.
+        `data` is of one part (PART_BYTES), or `placed`: received in the tensor's own memory. Raises
+        CorruptError.
         """
-        assert tensor.header is not None
+        header = tensor.header
+        assert header is not None
+        if header.chunks is not None and not tensor.sealed:
+            part = start // PART_BYTES
+            begin = part * PART_BYTES
+            length = min(PART_BYTES, tensor.record.length - begin)
+            whole = self._join(tensor, part, length, start - begin, data)
+            if whole is None:
+                return False
+            start, data = begin, whole
         if self._staging is not None and not tensor.sealed:
-            self._stage(self._staging, tensor, tensor.header, start, data)
-        else:
-            self._put(tensor, tensor.header, start, data, tensor.view[start : start + len(data)])
+            self._stage(self._staging, tensor, header, start, data)
+        elif not placed:
+            self._put(tensor, header, start, data, tensor.view[start : start + len(data)])
         with tensor.lock:
             tensor.left -= len(data)
             if tensor.left:
                 return False
+        self._complete(tensor)
+        return True
+
+    def _complete(self, tensor: Pending) -> None:
+        header = tensor.header
+        assert header is not None
         if tensor.sealed:
-            self._open_boxes(tensor, tensor.header, 0, tensor.view, tensor.view)
+            self._open_boxes(tensor, header, 0, tensor.view, tensor.view)
         if self._hashes:
-            verify_hashes(tensor.header, tensor.view)
+            verify_hashes(header, tensor.view)
         if self._staging is not None:
             if tensor.sealed:
                 tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
             tensor.sent = self._staging.sent()
-        return True
+
+    def _join(
+        self, tensor: Pending, part: int, length: int, start: int, data: memoryview
+    ) -> memoryview | None:
+        """All `length` bytes of a part, when `data` (from its `start` on) was the last of them."""
+        if len(data) == length:
+            return data
+        with tensor.lock:
+            if part not in tensor.halves:
+                tensor.halves[part] = _Joined(memoryview(bytearray(length)), length)
+            joined = tensor.halves[part]
+        joined.memory[start : start + len(data)] = data
+        with tensor.lock:
+            joined.left -= len(data)
+            if joined.left:
+                return None
+            del tensor.halves[part]
+        return joined.memory
 
     def _stage(
         self,
@@ -138,19 +193,15 @@ class Opener:
             populate(place)
         if header.chunks is not None and not tensor.sealed:
             self._open_boxes(tensor, header, start, data, place)
-        elif (
-            header.chunks is not None
-            or self._staging is not None
-            or tensor.record.length <= BATCH_BYTES
-        ):
-            place[:] = data  # else it was received there
+        else:
+            place[:] = data
 
     def _parse(self, tensor: Pending, data: memoryview) -> None:
         record = tensor.record
         tensor.header = header = parse_header(
             record, data, encrypted=self._encrypted, source_name=self._source.name
         )
-        if header.chunks is not None and record.length > BATCH_BYTES:
+        if header.chunks is not None and record.length > PART_BYTES:
             size = record.length if header.chunks.count == 1 else header.chunks.chunk_size
             # Chunks that are not cut as parts are: no part alone could be opened.
             tensor.sealed = PART_BYTES % size != 0

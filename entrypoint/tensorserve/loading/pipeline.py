@@ -1,6 +1,6 @@
 """The way of the bytes: ranges → decrypted, authenticated → where each tensor belongs.
 
-Each connection is a thread that takes a job (schedule.py) and receives parts of 2 MiB; as soon as
+Each connection is a thread that takes a job (schedule.py) and receives spans of 2 MiB; as soon as
 one is there, it is opened into the tensor's own memory while the rest is on its way. From a file
 the same thread opens it, straight out of the processor's cache. Behind a network there are more
 connections than processors, so one thread for each processor opens what all of them receive, into
@@ -99,7 +99,7 @@ class TensorStream:
         self._place = place
         records = tuple(records)
         self._schedule: Schedule[Pending] = Schedule(
-            records, self._admit, room=options.ahead_bytes // 2
+            records, self._admit, room=options.ahead_bytes // 2, aligned=source.remote
         )
         # Half for tensors on their way, an eighth for what waits to be used again, the rest for
         # what is still sealed.
@@ -121,7 +121,7 @@ class TensorStream:
         self._stopped = threading.Event()
         self._left = len(records)
         self._to_open = len(records)
-        self._connections = _connections(source, options, progress, self._reader.part_buffers)
+        self._connections = _connections(source, options, progress, self._reader.buffers)
         self._threads: list[threading.Thread] = []
         self._staffed = 0
 
@@ -237,37 +237,33 @@ class TensorStream:
             elif not self._reader.double():
                 self._stopped.wait(_IDLE_SECONDS)
 
-    def _admit(self, records: tuple[TensorRecord, ...]) -> tuple[Pending, ...]:
-        """Wait for room, then set the tensors up, all of them or none.
+    def _admit(self, record: TensorRecord, wait: bool) -> Pending | None:
+        """Set a tensor up; where there is no room, wait for it or give None.
 
-        Every tensor admitted before is given out to its end by then, so the consumer can always
-        take one and make room. Where nothing is ahead, any size is let in.
+        Every tensor admitted before is given out to its end by the time that somebody waits, so the
+        consumer can always take one and make room. Where nothing is ahead, any size is let in.
         """
-        placed = [self._place(record) for record in records]
-        budgets = [
-            record.length if memory is None else 0
-            for record, memory in zip(records, placed, strict=True)
-        ]
-        needed = sum(budgets)
+        memory = self._place(record)
+        budget = record.length if memory is None else 0
         with self._free:
             while (
-                needed
+                budget
                 and self._ahead
-                and self._ahead + needed > self._ahead_limit
+                and self._ahead + budget > self._ahead_limit
                 and not self._stopped.is_set()
             ):
+                if not wait:
+                    return None
                 self._free.wait()
-            self._ahead += needed
-        pending = []
-        for record, memory, budget in zip(records, placed, budgets, strict=True):
-            if memory is None:
-                take = self._memory.take if self._staging is None else self._staging.memory
-                memory = take(record.length)
-            here = record.length and self._staging is None
-            view = memory.numpy().data if here else memoryview(bytearray())
-            pending.append(Pending(record, memory, view, budget, record.length))
-            self._order.put(pending[-1])
-        return tuple(pending)
+            self._ahead += budget
+        if memory is None:
+            take = self._memory.take if self._staging is None else self._staging.memory
+            memory = take(record.length)
+        here = record.length and self._staging is None
+        view = memory.numpy().data if here else memoryview(bytearray())
+        pending = Pending(record, memory, view, budget, record.length)
+        self._order.put(pending)
+        return pending
 
     def _release(self, budget: int) -> None:
         with self._free:

@@ -1,8 +1,11 @@
 """In which pieces is a .tensors file read: which job does a free connection get next?
 
-Jobs are taken in file order. A large tensor is cut into parts of 2 MiB, and a job is a run of
-them; small neighbours are one job. Towards the end jobs get shorter, and a free connection takes
-the rest of another's job: one slow connection delays nothing.
+Jobs are ranges of the file, in file order, whatever tensors stand there. Behind a network they end
+at multiples of 8 MiB: object stores keep an object in pieces of 4 MiB, 8 MiB or more, and a request
+that begins or ends within one may have all of it read (SeaweedFS loses a third of its rate). Within
+a job, spans are received one by one: a part of 2 MiB of a large tensor, or small neighbours
+together. Towards the end jobs get shorter, and a free connection takes the rest of another's job:
+one slow connection delays nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from tensorserve.format import TensorRecord
 # tensorizer's cipher chunks have this size, so that a part can be opened when it is there.
 PART_BYTES = 2 * 1024**2
 # A request's latency is small beside it (8 MiB at S3's 90 MB/s a connection take 90 ms).
-JOB_PARTS = 4
+JOB_BYTES = 8 * 1024**2
 # Not less: what is left of a slow one's job is taken by others (`steal`).
-_LEAST_PARTS = 2
-# A job with one part to come is left alone for so long: a second request costs more than it saves.
+_LEAST_BYTES = 4 * 1024**2
+# A job with one span to come is left alone for so long: a second request costs more than it saves.
 _PATIENCE = 0.5
-# Smaller neighbours are read in one request.
-BATCH_BYTES = 4 * 1024**2
-_BATCH_GAP = 64 * 1024
+# Tensors up to that size are received together with their neighbours.
+SMALL_BYTES = 256 * 1024
+# What nobody wants is read all the same where it is no more than that.
+_GAP = 64 * 1024
 
 # After every offset.
 END = 2**63 - 1
@@ -34,104 +38,126 @@ END = 2**63 - 1
 Target = TypeVar("Target")
 
 
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[Target]):
+    """Bytes [`start`, `start` + `length`) of a tensor's data, or of its header."""
+
+    target: Target
+    start: int
+    length: int
+    header: bool
+
+
+@dataclass(eq=False, slots=True)
+class Span(Generic[Target]):
+    """Bytes of the file that are received at once, at most PART_BYTES. No pieces: nobody's."""
+
+    offset: int
+    length: int
+    pieces: list[Piece[Target]]
+    small: bool
+    """Whether more small pieces may join it."""
+    opened: bool = False
+    """Whether some thread opens it or has opened it: it may be read twice."""
+
+    @property
+    def data_bytes(self) -> int:
+        """Of tensors, without headers."""
+        return sum(piece.length for piece in self.pieces if not piece.header)
+
+
 @dataclass(eq=False, slots=True)
 class Job(Generic[Target]):
-    """What one connection does: parts [`next`, `stop`) of one tensor, or a batch of whole ones."""
+    """What one connection does: `spans` [`next`, `stop`), which stand one after the other."""
 
-    tensors: tuple[Target, ...]
-    data_offset: int
-    """Of the (first) tensor in the file."""
-    place: int
-    """Where the next byte that it reads stands in the file."""
-    next: int = 0
-    stop: int = 0
-    batch: bool = False
+    spans: list[Span[Target]]
+    next: int
+    stop: int
     began: float = field(default_factory=time.monotonic)
-    """When the part that is on its way was begun; monotonic seconds."""
+    """When the span that is on its way was begun; monotonic seconds."""
     doubled: bool = False
-    """Whether another connection reads the part on its way as well."""
+    """Whether another connection reads the span on its way as well."""
+
+    @property
+    def place(self) -> int:
+        """Where the next byte that it reads stands in the file."""
+        return self.spans[self.next].offset if self.next < len(self.spans) else END
 
 
 class Schedule(Generic[Target]):
     """Gives out jobs. Thread-safe.
 
-    `admit` makes of tensors, in file order, what the jobs name as their targets; it may block.
-    `room`: bytes that all jobs together may have on their way; beyond that `admit` would block.
+    `admit(record, wait)` makes of a tensor, in file order, what the pieces name as their target;
+    where there is no room for it, it waits or gives None. `room`: bytes that all jobs together may
+    have on their way; beyond that `admit` would wait. `aligned`: jobs end at multiples of their
+    size in the file, else where a part ends.
     """
 
     def __init__(
         self,
         records: Iterable[TensorRecord],
-        admit: Callable[[tuple[TensorRecord, ...]], tuple[Target, ...]],
+        admit: Callable[[TensorRecord, bool], Target | None],
         room: int = END,
+        *,
+        aligned: bool = False,
     ) -> None:
         self._todo = deque(records)
         self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
         self._room = room
+        self._aligned = aligned
         self._claiming = threading.Lock()
         self._lock = threading.Lock()
         self._running: list[Job[Target]] = []
-        self._cut: tuple[tuple[Target, ...], int] | None = None
-        """Of the first tensor in _todo, where it is begun: its target, and the next part."""
-        self._unclaimed = self._todo[0].header_offset if self._todo else END
+        self._target: Target | None = None
+        """Of the first tensor in _todo, where it is begun."""
+        self._position = self._todo[0].header_offset if self._todo else END
+        """Of the first byte that no job has."""
 
     def claim(self, connections: int) -> Job[Target] | None:
         """The next job where `connections` share the work; None when all is given out."""
         with self._claiming:
-            if not self._todo:
-                return None
-            record = self._todo[0]
-            if record.length <= BATCH_BYTES:
-                job = Job(
-                    self._admit(self._batch()), record.data_offset, record.header_offset, batch=True
-                )
-                return self._begin(job)
-            target, part = self._cut or (self._admit((record,)), 0)
-            parts = -(-record.length // PART_BYTES)
             # At the end each connection gets its share, so that none is left alone with a long job.
-            share = min(self._bytes_left, self._room) // (connections * PART_BYTES)
-            stop = min(parts, part + max(_LEAST_PARTS, min(JOB_PARTS, share)))
-            self._bytes_left -= (stop - part) * PART_BYTES
-            self._cut = (target, stop)
-            if stop == parts:
-                self._todo.popleft()
-                self._cut = None
-            place = record.data_offset + part * PART_BYTES if part else record.header_offset
-            return self._begin(Job(target, record.data_offset, place, part, stop))
+            share = min(self._bytes_left, self._room) // connections
+            spans = self._cut(JOB_BYTES if share >= JOB_BYTES else _LEAST_BYTES)
+            if not spans:
+                return None
+            job = Job(spans, 0, len(spans))
+            with self._lock:
+                self._running.append(job)
+                self._position = self._next_position(spans)
+            return job
 
     def steal(self) -> Job[Target] | None:
-        """The last parts of a job that has not come to them: half of what the longest has left."""
+        """The last spans of a job that has not come to them: half of what the longest has left."""
         with self._lock:
             victim = max(self._running, key=lambda j: j.stop - j.next, default=None)
-            # The part at `next` is on its way.
+            # The span at `next` is on its way.
             left = victim.stop - victim.next - 1 if victim is not None else 0
             if victim is None or left < 1:
                 return None
             if left == 1 and time.monotonic() - victim.began < _PATIENCE:
                 return None
             middle = victim.stop - (left + 1) // 2
-            place = victim.data_offset + middle * PART_BYTES
-            job = Job(victim.tensors, victim.data_offset, place, middle, victim.stop)
+            job = Job(victim.spans, middle, victim.stop)
             victim.stop = middle
             self._running.append(job)
             return job
 
-    def double(self, older_than: float) -> tuple[Target, int] | None:
-        """A part that has been on its way for that many seconds, to be read a second time."""
+    def double(self, older_than: float) -> Span[Target] | None:
+        """A span that has been on its way for that many seconds, to be read a second time."""
         now = time.monotonic()
         with self._lock:
             for job in self._running:
-                if not job.batch and not job.doubled and now - job.began > older_than:
+                if job.next < job.stop and not job.doubled and now - job.began > older_than:
                     job.doubled = True
-                    return job.tensors[0], job.next
+                    return job.spans[job.next]
         return None
 
     def passed(self, job: Job[Target]) -> bool:
-        """The part at `job.next` has arrived; False where the rest of the job is another's."""
+        """The span at `job.next` has arrived; False where the rest of the job is another's."""
         with self._lock:
             job.next += 1
-            job.place = job.data_offset + job.next * PART_BYTES
             job.began = time.monotonic()
             job.doubled = False
             return job.next < job.stop
@@ -141,31 +167,81 @@ class Schedule(Generic[Target]):
         with self._lock:
             self._running.remove(job)
 
+    def oldest(self, job: Job[Target]) -> bool:
+        """Whether no other job has an earlier byte of the file to read."""
+        with self._lock:
+            return all(job.place <= other.place for other in self._running)
+
     def low_water(self) -> int:
         """The first offset in the file that is still needed; a huge one when nothing is."""
         with self._lock:
-            return min([self._unclaimed, *(job.place for job in self._running)])
+            return min([self._position, *(job.place for job in self._running)])
 
-    def _begin(self, job: Job[Target]) -> Job[Target]:
-        with self._lock:
-            self._running.append(job)
-            if self._cut is not None:
-                self._unclaimed = self._todo[0].data_offset + self._cut[1] * PART_BYTES
-            else:
-                self._unclaimed = self._todo[0].header_offset if self._todo else END
-        return job
+    def _next_position(self, spans: list[Span[Target]]) -> int:
+        if not self._todo:
+            return END
+        if self._target is None:
+            return self._todo[0].header_offset
+        return spans[-1].offset + spans[-1].length
 
-    def _batch(self) -> tuple[TensorRecord, ...]:
-        first = self._todo.popleft()
-        batch = [first]
-        self._bytes_left -= first.length
+    def _cut(self, size: int) -> list[Span[Target]]:
+        """The next `size` bytes or so. Waits for room where not even the first tensor has any."""
+        spans: list[Span[Target]] = []
+        limit = END
         while self._todo:
             record = self._todo[0]
-            if (
-                record.end - first.header_offset > BATCH_BYTES
-                or record.header_offset - batch[-1].end > _BATCH_GAP
-            ):
+            position = self._position if not spans else spans[-1].offset + spans[-1].length
+            if self._target is None:
+                gap = record.header_offset - position if spans else 0
+                if gap > _GAP:
+                    break
+                # Not for a second one: it may need the memory of the first, which is in this job.
+                self._target = self._admit(record, not spans)
+                if self._target is None:
+                    break
+                if gap:
+                    spans.append(Span(position, gap, [], small=False))
+                position = record.header_offset
+            if not spans:
+                limit = (position // size + 1) * size if self._aligned else position + size
+            for piece in self._pieces(record, self._target, position, limit):
+                _add(spans, record, piece)
+                if not piece.header:
+                    self._bytes_left -= piece.length
+            end = spans[-1].offset + spans[-1].length
+            if end == record.end:
+                self._todo.popleft()
+                self._target = None
+            if end >= limit:
                 break
-            self._bytes_left -= record.length
-            batch.append(self._todo.popleft())
-        return tuple(batch)
+        return spans
+
+    def _pieces(
+        self, record: TensorRecord, target: Target, position: int, limit: int
+    ) -> Iterable[Piece[Target]]:
+        """Of one tensor, from `position` in the file to `limit`, or to where a part ends there."""
+        while position < min(record.end, limit):
+            header = position < record.data_offset
+            begin = record.header_offset if header else record.data_offset
+            part = (position - record.data_offset) // PART_BYTES
+            end = (
+                record.data_offset
+                if header
+                else min(record.data_offset + (part + 1) * PART_BYTES, record.end)
+            )
+            if self._aligned:
+                end = min(end, limit)
+            yield Piece(target, position - begin, end - position, header)
+            position = end
+
+
+def _add(spans: list[Span[Target]], record: TensorRecord, piece: Piece[Target]) -> None:
+    """To the last span, where both are small; else in one of its own."""
+    offset = piece.start + (record.header_offset if piece.header else record.data_offset)
+    small = record.length <= SMALL_BYTES
+    last = spans[-1] if spans else None
+    if last is not None and small and last.small and last.length + piece.length <= PART_BYTES:
+        last.pieces.append(piece)
+        last.length += piece.length
+    else:
+        spans.append(Span(offset, piece.length, [piece], small))

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from tensorserve.loading.schedule import BATCH_BYTES
+from tensorserve.loading.schedule import PART_BYTES
 
-# A part, or the largest tensor of a batch.
-SLOT_BYTES = BATCH_BYTES
+SLOT_BYTES = PART_BYTES
 # 128 MiB on their way keep any bus busy: PCIe 5.0 moves them in 3 ms.
-_MOST_SLOTS = 32
+_MOST_SLOTS = 64
 # Much of torch.cuda has no types.
 _CUDA: Any = torch.cuda
 
@@ -28,7 +27,7 @@ class Staging:
     """The way to one device. Made in the thread that consumes the tensors; thread-safe."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
-        """`limit`: bytes of host memory for the ring; two slots of 4 MiB are the least."""
+        """`limit`: bytes of host memory for the ring; two slots of 2 MiB are the least."""
         self._cuda = device.type == "cuda"
         self._copies: Any = None
         self._consumer: Any = None

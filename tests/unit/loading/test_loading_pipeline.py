@@ -15,11 +15,10 @@ from tensorserve.errors import CorruptError, SourceUnavailableError
 from tensorserve.format import FileKey, read_header, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-from tensorserve.loading.schedule import BATCH_BYTES, JOB_PARTS, PART_BYTES
+from tensorserve.loading.schedule import JOB_BYTES, SMALL_BYTES
 from tensorserve.sources.parts import Filling
 
 MIB = 1024**2
-JOB_BYTES = JOB_PARTS * PART_BYTES
 
 
 class MemorySource:
@@ -76,7 +75,7 @@ def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = {
         "one": 1, "odd": 1001, "chunk": 2 * MIB, "chunk_and_one": 2 * MIB + 1,
-        "batch": BATCH_BYTES, "batch_and_one": BATCH_BYTES + 1, "range": JOB_BYTES,
+        "small": SMALL_BYTES, "small_and_one": SMALL_BYTES + 1, "range": JOB_BYTES,
         "ranges": 2 * JOB_BYTES + 3 * MIB + 17, "last": 3,
     }  # fmt: skip
     made = {

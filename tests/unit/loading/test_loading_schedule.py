@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tensorserve.format import TensorRecord
 from tensorserve.loading import schedule as schedule_module
-from tensorserve.loading.schedule import JOB_PARTS, PART_BYTES, Job, Schedule
+from tensorserve.loading.schedule import JOB_BYTES, PART_BYTES, SMALL_BYTES, Job, Schedule
 
 MIB = 1024**2
+SPANS = JOB_BYTES // PART_BYTES
 
 
-def records(*sizes: int) -> list[TensorRecord]:
+def records(*sizes: int, gaps: Sequence[int] = (), at: int = 1000) -> list[TensorRecord]:
     """Tensors one after the other, with headers of 100 bytes."""
-    made, offset = [], 1000
+    made, offset = [], at
     for number, size in enumerate(sizes):
         made.append(
             TensorRecord(
@@ -24,45 +27,113 @@ def records(*sizes: int) -> list[TensorRecord]:
                 is_meta=False, long_shape=False,
             )
         )  # fmt: skip
-        offset += 100 + size
+        offset += 100 + size + (gaps[number] if number < len(gaps) else 0)
     return made
 
 
-def schedule(of: Iterable[TensorRecord]) -> Schedule[TensorRecord]:
-    return Schedule(of, lambda admitted: admitted)
+def schedule(of: Iterable[TensorRecord], *, aligned: bool = False) -> Schedule[TensorRecord]:
+    return Schedule(of, lambda record, _: record, aligned=aligned)
 
 
-def parts_of(job: Job[TensorRecord]) -> set[tuple[str, int]]:
-    if job.batch:
-        return {(record.name, -1) for record in job.tensors}
-    return {(job.tensors[0].name, part) for part in range(job.next, job.stop)}
+def jobs_of(one: Schedule[TensorRecord], connections: int = 1) -> list[Job[TensorRecord]]:
+    found = []
+    while job := one.claim(connections):
+        found.append(job)
+    return found
 
 
-def test_every_part_is_given_out_once() -> None:
-    """Small neighbours together, large tensors in runs of parts, in file order."""
-    tensors = records(1, 10, 0, 9 * MIB + 1, 3 * MIB, MIB, 5, 40 * MIB)
-    one = schedule(tensors)
-    seen: list[tuple[str, int]] = []
-    while job := one.claim(3):
-        assert parts_of(job).isdisjoint(seen)
-        seen += sorted(parts_of(job))
-    expected = {(r.name, -1) for r in tensors if r.length <= 4 * MIB} | {
-        (r.name, part)
-        for r in tensors
-        if r.length > 4 * MIB
-        for part in range(-(-r.length // PART_BYTES))
-    }
-    assert set(seen) == expected
-    assert [name for name, _ in seen] == sorted(name for name, _ in seen)
+def covered(jobs: Iterable[Job[TensorRecord]]) -> list[tuple[str, bool, int, int]]:
+    """(tensor, header?, start, stop) of all pieces, in the order in which they are given out."""
+    return [
+        (piece.target.name, piece.header, piece.start, piece.start + piece.length)
+        for job in jobs
+        for span in job.spans[job.next : job.stop]
+        for piece in span.pieces
+    ]
+
+
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 1, 5000, SMALL_BYTES, SMALL_BYTES + 1, PART_BYTES, 9 * MIB + 7]),
+        min_size=1,
+        max_size=12,
+    ),
+    gaps=st.lists(st.sampled_from([0, 0, 10, 65_536, 65_537, 3 * MIB]), max_size=12),
+    at=st.integers(0, 9 * MIB),
+    connections=st.sampled_from([1, 3, 64]),
+    aligned=st.booleans(),
+)
+def test_every_byte_is_given_out_once_and_stands_where_its_span_says(
+    sizes: list[int], gaps: list[int], at: int, connections: int, aligned: bool
+) -> None:
+    """In file order, a span no longer than a part, a job without holes."""
+    tensors = {record.name: record for record in records(*sizes, gaps=gaps, at=at)}
+    jobs = jobs_of(schedule(tensors.values(), aligned=aligned), connections)
+    ends: dict[tuple[str, bool], int] = {}
+    for name, header, start, stop in covered(jobs):
+        assert start == ends.get((name, header), 0)
+        ends[name, header] = stop
+    for name, record in tensors.items():
+        assert ends[name, True] == record.header_length
+        assert ends.get((name, False), 0) == record.length
+    for job in jobs:
+        for before, after in zip(job.spans, job.spans[1:], strict=False):
+            assert before.offset + before.length == after.offset
+        for span in job.spans:
+            assert 0 < span.length <= PART_BYTES
+            at = span.offset
+            for piece in span.pieces:
+                record = piece.target
+                base = record.header_offset if piece.header else record.data_offset
+                assert at == base + piece.start
+                at += piece.length
+            assert not span.pieces or at == span.offset + span.length
+
+
+@pytest.mark.parametrize("connections", [1, 64])
+def test_requests_end_where_object_stores_cut(connections: int) -> None:
+    """At multiples of 8 MiB, at the end of 4; across tensors, and only the file's ends are not."""
+    jobs = jobs_of(schedule(records(5 * MIB, 30 * MIB, 100, 7 * MIB), aligned=True), connections)
+    bounds = [job.place for job in jobs[1:]]
+    assert all(bound % (JOB_BYTES if connections == 1 else JOB_BYTES // 2) == 0 for bound in bounds)
+    assert len(jobs) == (6 if connections == 1 else 11)
+
+
+def test_what_has_no_room_yet_waits_for_its_own_job() -> None:
+    """Its job must not hold the end of a tensor whose memory it needs."""
+    asked: list[tuple[str, bool]] = []
+
+    def admit(record: TensorRecord, wait: bool) -> TensorRecord | None:
+        asked.append((record.name, wait))
+        return record if wait else None
+
+    one = Schedule(records(3 * MIB, MIB // 2), admit, aligned=True)
+    jobs = jobs_of(one)
+    assert [{name for name, *_ in covered([job])} for job in jobs] == [{"t0"}, {"t1"}]
+    assert asked == [("t0", True), ("t1", False), ("t1", True)]
+
+
+def test_from_a_file_no_chunk_is_cut() -> None:
+    """Nothing is gained there, and a chunk in two pieces must be put together."""
+    jobs = jobs_of(schedule(records(30 * MIB + 5)))
+    data = [(start, stop) for _, header, start, stop in covered(jobs) if not header]
+    assert all(start % PART_BYTES == 0 for start, _ in data)
+    assert len(data) == 16
+
+
+def test_small_neighbours_are_received_together() -> None:
+    """One buffer for all of a layer's norms and their headers."""
+    (job,) = jobs_of(schedule(records(*[1000] * 50)))
+    assert len(job.spans) == 1
+    assert len(job.spans[0].pieces) == 100
+    assert job.spans[0].data_bytes == 50_000
 
 
 def test_jobs_get_shorter_towards_the_end() -> None:
     """Each of many connections gets its share of what is left, though not single parts."""
-    lengths = []
-    many = schedule(records(100 * PART_BYTES))
-    while job := many.claim(8):
-        lengths.append(job.stop - job.next)
-    assert lengths[0] == JOB_PARTS
+    jobs = jobs_of(schedule(records(100 * PART_BYTES)), 8)
+    lengths = [sum(span.length for span in job.spans) // PART_BYTES for job in jobs]
+    assert lengths[0] == SPANS
     assert lengths[-8:] == [2] * 8
     assert lengths == sorted(lengths, reverse=True)
 
@@ -73,38 +144,52 @@ def test_a_free_connection_takes_the_rest_of_a_slow_ones_job(
     """But never the part that is on its way, and a single one only where it takes long."""
     monkeypatch.setattr(schedule_module, "_PATIENCE", 3600)
     one = schedule(records(100 * PART_BYTES))
+    header = one.claim(1)
+    assert header is not None
     slow = one.claim(1)
     assert slow is not None
     running = [slow]
+    one.end(header)
     while job := one.claim(1):
         one.end(job)
-    assert (slow.next, slow.stop) == (0, JOB_PARTS)
+    assert (slow.next, slow.stop) == (0, SPANS)
     first = one.steal()
     assert first is not None
-    assert parts_of(first) == {("t0", 2), ("t0", 3)}
+    assert (first.next, first.stop, slow.stop) == (2, 4, 2)
     running.append(first)
     assert one.steal() is None
     monkeypatch.setattr(schedule_module, "_PATIENCE", 0)
-    taken = parts_of(first)
     while job := one.steal():
         running.append(job)
-        taken |= parts_of(job)
-    assert taken | {("t0", 2)} == {("t0", part) for part in range(1, JOB_PARTS)}
     assert slow.stop == 1
     # What is left are the parts on their way: one a job.
+    assert sorted(job.next for job in running) == [0, 1, 2, 3]
     assert all(job.stop - job.next == 1 for job in running)
     assert not one.passed(slow)
 
 
-def test_a_part_that_hangs_is_given_out_a_second_time_once() -> None:
+def test_a_span_that_hangs_is_given_out_a_second_time_once() -> None:
     """To one other connection, not to all."""
     one = schedule(records(5 * MIB))
     job = one.claim(1)
     assert job is not None
     assert one.double(older_than=3600) is None
-    assert one.double(older_than=-1) == (job.tensors[0], 0)
+    assert one.double(older_than=-1) is job.spans[0]
     assert one.double(older_than=-1) is None
     one.passed(job)
-    assert one.double(older_than=-1) == (job.tensors[0], 1)
+    assert one.double(older_than=-1) is job.spans[1]
     one.end(job)
     assert one.double(older_than=-1) is None
+
+
+def test_the_oldest_job_and_the_first_byte_that_is_needed() -> None:
+    """Where all buffers wait for an earlier header, the oldest job gets one more."""
+    one = schedule(records(100 * PART_BYTES))
+    first, second = one.claim(1), one.claim(1)
+    assert first is not None
+    assert second is not None
+    assert (one.oldest(first), one.oldest(second)) == (True, False)
+    assert one.low_water() == 1000
+    one.end(first)
+    assert one.oldest(second)
+    assert one.low_water() == second.place
