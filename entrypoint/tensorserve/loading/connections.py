@@ -25,7 +25,7 @@ _POLL = 0.01
 # far below what it was (what was fetched ahead is used up).
 _AGAIN = 3.0
 _FALLEN = 0.6
-REMOTE_START, REMOTE_MOST = 16, MOST_CONNECTIONS
+REMOTE_START, REMOTE_MOST = 32, MOST_CONNECTIONS
 
 
 class Connections:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,8 @@ class Opener:
         self._encrypted = encrypted
         self._hashes = hashes
         self._headers: dict[int, bytes] = {}
+        # Memory of joined parts, to be used again: fresh memory costs as much as decryption.
+        self._spare: deque[memoryview] = deque()
 
     def headers_sha256(self) -> str:
         """SHA-256 (hex) of all headers so far, in file order: they hold nonces, tags and hashes."""
@@ -113,6 +116,7 @@ class Opener:
         """
         header = tensor.header
         assert header is not None
+        joined = False
         if header.chunks is not None and not tensor.sealed:
             part = start // PART_BYTES
             begin = part * PART_BYTES
@@ -120,11 +124,14 @@ class Opener:
             whole = self._join(tensor, part, length, start - begin, data)
             if whole is None:
                 return False
+            joined = whole is not data
             start, data = begin, whole
         if self._staging is not None and not tensor.sealed:
             self._stage(self._staging, tensor, header, start, data)
         elif not placed:
             self._put(tensor, header, start, data, tensor.view[start : start + len(data)])
+        if joined and len(data) == PART_BYTES:
+            self._spare.append(data)
         with tensor.lock:
             tensor.left -= len(data)
             if tensor.left:
@@ -152,7 +159,7 @@ class Opener:
             return data
         with tensor.lock:
             if part not in tensor.halves:
-                tensor.halves[part] = _Joined(memoryview(bytearray(length)), length)
+                tensor.halves[part] = _Joined(self._spare_memory(length), length)
             joined = tensor.halves[part]
         joined.memory[start : start + len(data)] = data
         with tensor.lock:
@@ -161,6 +168,14 @@ class Opener:
                 return None
             del tensor.halves[part]
         return joined.memory
+
+    def _spare_memory(self, length: int) -> memoryview:
+        if length < PART_BYTES:
+            return memoryview(bytearray(length))
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return memoryview(bytearray(PART_BYTES))
 
     def _stage(
         self,

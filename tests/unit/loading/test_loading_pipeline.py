@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,67 @@ def test_chunks_that_are_not_cut_as_our_parts_are(tmp_path: Path, chunk: int) ->
     assert header.chunks.count == -(-len(data) // chunk)
     found, _ = streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
     assert torch.equal(found["weight"], data)
+
+
+def test_requests_begin_and_end_where_object_stores_cut(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """At multiples of 8 MiB, whatever tensors stand there."""
+
+    class Requests(MemorySource):
+        def read_parts(self, offset: int, lengths: Sequence[int], *rest: Any) -> None:
+            self.requests.append((offset, offset + sum(lengths)))
+            super().read_parts(offset, lengths, *rest)
+
+        requests: list[tuple[int, int]]
+
+    source = Requests(encrypted)
+    source.requests = []
+    found, _ = streamed(source, LoadOptions(connections=1), GivenKey(KEY, "test"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    bounds = {bound for request in source.requests for bound in request}
+    inner = [bound for bound in bounds if min(bounds) < bound < max(bounds)]
+    assert len(inner) >= 3
+    assert all(bound % (JOB_BYTES // 2) == 0 for bound in inner)
+
+
+def test_a_late_header_is_waited_for_with_all_buffers_full(tmp_path: Path) -> None:
+    """Parts of a tensor whose header is on its way hold the buffers that its job needs as well."""
+    written = {"first": torch.zeros(MIB, dtype=torch.uint8)}
+    written["large"] = torch.randint(0, 256, (60 * MIB,), dtype=torch.uint8)
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+    serializer.write_state_dict({name: tensor.clone() for name, tensor in written.items()})
+    serializer.close()
+
+    class FirstJobLast(MemorySource):
+        others = threading.Semaphore(0)
+        held = -1
+
+        def read_parts(self, offset: int, *rest: Any) -> None:
+            if offset == self.held:
+                for _ in range(4):
+                    assert self.others.acquire(timeout=30)
+            super().read_parts(offset, *rest)
+
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            super().read_into(offset, buffer)
+            if offset >= JOB_BYTES // 2:
+                self.others.release()
+
+    source = FirstJobLast(path.read_bytes())
+    index = read_index(source)
+    source.held = index.tensors[0].header_offset
+    homes = {r.name: torch.empty(r.length, dtype=torch.uint8) for r in index.tensors}
+    with TensorStream(
+        source,
+        index.tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        # Four buffers.
+        options=LoadOptions(connections=8, ahead_bytes=MIB),
+        progress=LoadProgress(),
+        place=lambda record: homes[record.name],
+    ) as stream:
+        for record, tensor in stream:
+            assert torch.equal(tensor, written[record.name])
