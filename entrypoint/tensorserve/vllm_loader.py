@@ -38,7 +38,7 @@ from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
-from tensorserve.vllm_model import copy_in_place, give, home, homes, unfit
+from tensorserve.vllm_model import copy_in_place, give, home, homes, populate_soon, unfit
 
 PROGRESS_SECONDS = 0.25
 
@@ -92,6 +92,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         """Fill `model` in place."""
         self._phase("init", "end")
         self._phase("load", "begin")
+        populate_soon(model, self._start.processors)
         with self._open() as opened:
             records = loadable(opened.index)
             self._emit(

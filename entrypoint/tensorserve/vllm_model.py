@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -10,6 +13,34 @@ from torch import nn
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import TensorRecord
 from tensorserve.layouts import module_name
+from tensorserve.linux import populate
+
+# Bytes; the kernel holds off others who change the process's memory for so long.
+_AT_ONCE = 8 * 1024**2
+
+
+def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thread:
+    """Have the kernel find the pages of all parameters in host memory, in a thread of its own.
+
+    A new model's parameters have none yet. Weight loaders that copy into them would otherwise wait
+    for a page fault every 4 KiB, in the one thread that they run in, while processors are idle.
+    """
+    memories = [
+        parameter.data.view(-1).view(torch.uint8)
+        for parameter in model.parameters()
+        if parameter.device.type == "cpu" and parameter.is_contiguous() and parameter.numel()
+    ]
+
+    def run() -> None:
+        with suppress(OSError):  # vLLM binds its worker to one processor
+            os.sched_setaffinity(0, processors)
+        for memory in memories:
+            for start in range(0, memory.numel(), _AT_ONCE):
+                populate(memory[start : start + _AT_ONCE].numpy().data)
+
+    thread = threading.Thread(target=run, name="tensorserve-populate", daemon=True)
+    thread.start()
+    return thread
 
 
 def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,3 +100,15 @@ def test_an_error_of_ours_in_the_middle_of_a_load_stays_what_it_is(loader: Any) 
 
     with pytest.raises(ConfigurationError, match="a test's"):
         loader.give(Strict(), broken())
+
+
+def test_pages_are_found_in_advance_and_values_stay(loader: Any) -> None:
+    """Of what is in host memory and in one piece; the rest is left to itself."""
+    model = nn.Module()
+    model.large = nn.Parameter(torch.arange(300_000.0))
+    model.turned = nn.Parameter(torch.ones(300, 200).t(), requires_grad=False)
+    model.elsewhere = nn.Parameter(torch.empty(5, device="meta"))
+    model.empty = nn.Parameter(torch.empty(0))
+    loader.populate_soon(model, frozenset(os.sched_getaffinity(0))).join(30)
+    assert torch.equal(model.large, torch.arange(300_000.0))
+    assert torch.equal(model.turned, torch.ones(200, 300))
