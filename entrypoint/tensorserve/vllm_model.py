@@ -1,4 +1,7 @@
-"""How do tensors get into a model of vLLM: through its weight loaders, or in place?"""
+"""How do tensors get into a model of vLLM, through its weight loaders or in place, and out of it?
+
+Knows torch's modules only; vLLM itself is not imported.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import torch
 from torch import nn
 
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.format import TensorRecord
+from tensorserve.format import ITEM_SIZES, TensorRecord
 from tensorserve.layouts import module_name
+
+_OTHER_LAYOUT = "Leave --layout out: layout 'hf' fits every model."
 
 
 def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
@@ -109,3 +114,46 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
             f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",
             hint="Was it written by another version of vLLM? Pack the checkpoint again.",
         )
+
+
+def computed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers that are in no state dict: vLLM computes them (rotary tables)."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: held.clone() for name, held in homes(model).items() if name not in kept}
+
+
+def held_tensors(model: nn.Module, computed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a file has to hold to fill such a model: the state dict, and of `computed` (what
+    `computed_buffers` gave before the load) the buffers that the checkpoint changed.
+
+    Tied parameters come once. Raises ConfigurationError for what a file cannot hold.
+    """
+    held: dict[str, torch.Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in homes(model).items():
+        before = computed.get(name)
+        if before is not None and torch.equal(before, tensor):
+            continue
+        tensor = tensor.data
+        if type(tensor) is not torch.Tensor or tensor.is_meta:
+            raise ConfigurationError(
+                f"vLLM holds {name!r} as a {type(tensor).__name__} on {tensor.device}, which a "
+                ".tensors file cannot hold.",
+                hint=_OTHER_LAYOUT,
+            )
+        if str(tensor.dtype).removeprefix("torch.") not in ITEM_SIZES:
+            raise ConfigurationError(
+                f"vLLM holds {name!r} as {tensor.dtype}, which a .tensors file cannot hold.",
+                hint=_OTHER_LAYOUT,
+            )
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        held[name] = tensor
+    return held
+
+
+def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, in order: its own memory where that is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

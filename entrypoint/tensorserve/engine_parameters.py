@@ -1,0 +1,185 @@
+"""How does `pack --layout vllm` get each rank's parameters, without vLLM in its own process?
+
+A process beside this one builds the model with vLLM (vllm_packing.py). Each of its ranks connects
+back over a local socket, says what it holds, and sends the bytes that it is asked for: key, cipher
+and destination stay here. Messages are JSON or plain bytes; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tensorserve import vllm_flags
+from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
+from tensorserve.fingerprint import Fingerprint
+from tensorserve.format import TensorSpec
+from tensorserve.packing_sources import Read, TensorsSource
+
+# number of the tensor, first byte, bytes
+REQUEST = struct.Struct("<IQQ")
+LOAD_FORMAT = "tensorserve-pack"
+_POLL_SECONDS = 0.5
+_END_SECONDS = 30
+_SHOWN_LINES = 15
+
+
+@contextmanager
+def engine_parameters(
+    source: Path, dtype: str | None, ranks: int
+) -> Iterator[tuple[Fingerprint, list[TensorsSource]]]:
+    """(what engine, the parameters of each of its `ranks` tensor-parallel ranks).
+
+    `source` is a Hugging Face directory or a safetensors file in one, `dtype` vLLM's flag. What it
+    gives can be read until the context ends; until then vLLM holds the model. Raises
+    ConfigurationError where vLLM is missing or cannot build the model, and what a rank says is
+    wrong with the checkpoint.
+    """
+    _require_vllm()
+    with tempfile.TemporaryDirectory(prefix="tensorserve-pack-") as directory:
+        log = Path(directory, "vllm.log")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{directory}/ranks")
+            listener.listen(ranks)
+            listener.settimeout(_POLL_SECONDS)
+            process = _start(source, dtype, ranks, f"{directory}/ranks", log)
+            connections: list[Connection] = []
+            try:
+                offers = _offers(listener, process, log, ranks, connections)
+                yield (
+                    Fingerprint.from_json(offers[0][1]["fingerprint"]),
+                    [_source(connection, offer) for connection, offer in offers],
+                )
+            finally:
+                for connection in connections:
+                    connection.close()
+                _end(process)
+
+
+def _require_vllm() -> None:
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigurationError(
+            "--layout vllm needs vLLM, which is not installed here.",
+            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}, or leave --layout out: layout "
+            "'hf' needs none and fits any parallelism.",
+        ) from error
+    if version.partition("+")[0] != vllm_flags.VLLM_VERSION:
+        raise ConfigurationError(
+            f"vLLM {version} is installed; this release is made for {vllm_flags.VLLM_VERSION}.",
+            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}",
+        )
+
+
+def _start(
+    source: Path, dtype: str | None, ranks: int, address: str, log: Path
+) -> subprocess.Popen[bytes]:
+    directory = source if source.is_dir() else source.parent
+    given = {
+        "model": str(directory.resolve()),
+        "source": str(source.absolute()),
+        "dtype": dtype,
+        "ranks": ranks,
+        "address": address,
+    }
+    # Nothing is looked up at a hub: the directory has it all.
+    environment = dict(os.environ) | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # The CPU build would want a NUMA node for each rank.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tensorserve.vllm_packing", json.dumps(given)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Ended by us, workers included; Ctrl-C is ours to hear.
+            start_new_session=True,
+        )
+
+
+def _offers(
+    listener: socket.socket,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    ranks: int,
+    connections: list[Connection],
+) -> list[tuple[Connection, dict[str, Any]]]:
+    """What each rank holds, by rank; fills `connections` too, which the caller closes."""
+    offers: dict[int, tuple[Connection, dict[str, Any]]] = {}
+    while len(offers) < ranks:
+        try:
+            accepted, _ = listener.accept()
+        except TimeoutError:
+            if process.poll() is not None:
+                raise _failed(log) from None
+            continue
+        connection = Connection(accepted.detach())
+        connections.append(connection)
+        try:
+            offer = json.loads(connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise _failed(log) from error
+        if said := offer.get("error"):
+            kind = CorruptError if said["kind"] == "CorruptError" else ConfigurationError
+            raise kind(said["message"], hint=said["hint"])
+        offers[offer["rank"]] = (connection, offer)
+    return [offers[rank] for rank in range(ranks)]
+
+
+def _source(connection: Connection, offer: dict[str, Any]) -> TensorsSource:
+    specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in offer["tensors"])
+    numbers = {spec.name: number for number, spec in enumerate(specs)}
+
+    def read(name: str, start: int, buffer: memoryview) -> None:
+        try:
+            connection.send_bytes(REQUEST.pack(numbers[name], start, len(buffer)))
+            sent = connection.recv_bytes_into(buffer)
+        except (EOFError, OSError) as error:
+            raise TensorserveError(f"vLLM ended while {name!r} was read from it.") from error
+        if sent != len(buffer):
+            raise TensorserveError(f"vLLM sent {sent} bytes of {name!r}, not {len(buffer)}.")
+
+    @contextmanager
+    def reading() -> Iterator[Read]:
+        yield read
+
+    return TensorsSource(specs, reading)
+
+
+def _failed(log: Path) -> ConfigurationError:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = "\n".join(lines[-_SHOWN_LINES:])
+    return ConfigurationError(
+        f"vLLM could not build the model. Its last lines:\n{said}\n",
+        hint="Does `vllm serve` take this model, with this --tensor-parallel-size, on this "
+        "machine? Layout 'hf' needs no vLLM to be packed.",
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """vLLM's own end, which removes its shared memory; by force where that takes too long."""
+    try:
+        process.wait(_END_SECONDS)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
