@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,8 +33,11 @@ from tensorserve.packing_sources import Read, TensorsSource
 REQUEST = struct.Struct("<IQQ")
 LOAD_FORMAT = "tensorserve-pack"
 _POLL_SECONDS = 0.5
-_END_SECONDS = 30
+_END_SECONDS = 60
+_STOP_SECONDS = 10
 _SHOWN_LINES = 15
+_EXCEPTION = re.compile(r"\b((?:[A-Z]\w*(?:Error|Exception)|Exception): .+)$")
+_SEE_ABOVE = re.compile(r"initialization failed|See (?:stack trace|root cause)", re.IGNORECASE)
 
 
 @contextmanager
@@ -62,10 +66,16 @@ def engine_parameters(
                     Fingerprint.from_json(offers[0][1]["fingerprint"]),
                     [_source(connection, offer) for connection, offer in offers],
                 )
-            finally:
+                # All at once: a rank that goes on would wait for the others.
                 for connection in connections:
                     connection.close()
-                _end(process)
+                # It ends by itself, and removes what it has in shared memory.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_SECONDS)
+            finally:
+                _stop(process)
+                for connection in connections:
+                    connection.close()
 
 
 def _require_vllm() -> None:
@@ -166,20 +176,26 @@ def _source(connection: Connection, offer: dict[str, Any]) -> TensorsSource:
 
 def _failed(log: Path) -> ConfigurationError:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = "\n".join(lines[-_SHOWN_LINES:])
+    said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
     return ConfigurationError(
-        f"vLLM could not build the model. Its last lines:\n{said}\n",
-        hint="Does `vllm serve` take this model, with this --tensor-parallel-size, on this "
-        "machine? Layout 'hf' needs no vLLM to be packed.",
+        f"vLLM could not build the model: {_reason(lines)}\n{said}\n",
+        hint="Does `vllm serve` take this model on this machine, with this "
+        "--tensor-parallel-size? Layout 'hf' needs no vLLM.",
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """vLLM's own end, which removes its shared memory; by force where that takes too long."""
-    try:
-        process.wait(_END_SECONDS)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
+def _reason(lines: list[str]) -> str:
+    """The last exception in vLLM's output that says more than "see above"."""
+    found = [match[1] for line in lines if (match := _EXCEPTION.search(line))]
+    telling = [text for text in found if not _SEE_ABOVE.search(text)]
+    return (telling or found or ["it ended."])[-1]
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends vLLM and its ranks, if they still run: first as asked, then by force."""
+    for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)

@@ -33,6 +33,12 @@ class Fingerprint:
     expert_parallel: bool
     stage: str = STAGE
 
+    def __str__(self) -> str:
+        return (
+            f"vLLM {self.vllm}, {self.architecture}, {self.dtype}, {self.device}, "
+            f"{self.ranks} rank(s)"
+        )
+
     @property
     def ranks(self) -> int:
         """How many files there are."""

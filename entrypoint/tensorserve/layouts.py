@@ -63,7 +63,7 @@ def loadable(index: FileIndex) -> list[TensorRecord]:
 
 
 def check_layout(
-    index: FileIndex, name: str, ranks: int, *, sharded: bool, fingerprinted: bool
+    index: FileIndex, name: str, ranks: int, *, sharded: bool, fingerprinted: bool = False
 ) -> None:
     """What can be known before vLLM starts: file `name` can fill a model of `ranks` ranks.
 

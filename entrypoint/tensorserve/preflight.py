@@ -238,6 +238,8 @@ def check_weights(
             f"{first.source.name}: {tensors} tensors, {weights.data_bytes / 1e9:.3f} GB"
             + (f" in {len(opened)} shards" if len(opened) > 1 else ""),
         )
+        if fingerprint is not None:
+            yield Passed("layout", f"vLLM's own, for {fingerprint}")
         secured = "encrypted, the key opens it" if first.index.encrypted else "not encrypted"
         yield Passed("encryption", secured)
     finally:
