@@ -20,6 +20,8 @@ RANK_MARKER = "tensorserve_rank_marker"
 COMPUTED_BUFFERS = frozenset({"position_ids", "token_type_ids", "embed_scale"})
 # With prefixes in transformers ("original_", "local_", a layer type), and in old checkpoints too.
 _FREQUENCIES = "inv_freq"
+# vllm/transformers_utils/config.py (0.32.0), checkpoint_has_lm_head
+_HEAD = "lm_head.weight"
 
 
 def is_vllm_layout(index: FileIndex) -> bool:
@@ -30,6 +32,11 @@ def is_vllm_layout(index: FileIndex) -> bool:
 def is_rank_layout(index: FileIndex) -> bool:
     """Whether the file holds a rank's parameters as `pack --layout vllm` writes them."""
     return any(record.name == RANK_MARKER for record in index.tensors)
+
+
+def has_head(index: FileIndex) -> bool:
+    """Whether a checkpoint's tensors have a head of their own (by vLLM's own test for it)."""
+    return not is_vllm_layout(index) and any(r.name.endswith(_HEAD) for r in index.tensors)
 
 
 def module_name(record: TensorRecord) -> str:

@@ -20,7 +20,7 @@ from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey
-from tensorserve.layouts import check_layout
+from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
@@ -226,6 +226,7 @@ def check_weights(
                 o.source.size,
                 vouched[name].headers_sha256 if name in vouched else None,
                 fingerprint.to_json() if fingerprint else None,
+                has_head=has_head(o.index),
             )
             for name, o in zip(plan.shards(template), opened, strict=True)
         )

@@ -26,6 +26,8 @@ class Shard:
     """Of all tensors' headers, where a manifest vouches for it."""
     fingerprint: Mapping[str, Any] | None = None
     """Of the engine whose parameters it holds (fingerprint.py); None: not in our layout `vllm`."""
+    has_head: bool = False
+    """Whether there is an `lm_head` in it, which config.json may deny."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from tensorserve.standalone import handed_over_start, own_start, settings_enviro
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
 from tensorserve.vllm_fingerprint import engine_fingerprint
-from tensorserve.vllm_model import copy_in_place, give, home, homes, unfit
+from tensorserve.vllm_model import copy_in_place, give, home, homes, unfit, untie
 
 PROGRESS_SECONDS = 0.25
 
@@ -76,6 +76,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         try:
             device = torch.device(self.load_config.device or vllm_config.device_config.device)
             self._device = device
+            if self._start.shard(self._rank).has_head:
+                untie(model_config)
             packed = self._start.shard(self._rank).fingerprint
             if packed is not None:
                 here = engine_fingerprint(vllm_config, model_config)
@@ -117,7 +119,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 tensors = self._stream(
                     opened, records, staging, lambda record: home(targets, record, here)
                 )
-                copy_in_place(model, ((n, t) for n, t in tensors if n != RANK_MARKER))
+                parameters = ((n, t) for n, t in tensors if n != RANK_MARKER)
+                copy_in_place(model, parameters, once=packed)
             else:
                 fill(self, model, model_config, self._stream(opened, records, self._staging()))
         if torch.accelerator.is_available():

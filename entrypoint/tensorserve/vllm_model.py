@@ -6,6 +6,7 @@ Knows torch's modules only; vLLM itself is not imported.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,21 @@ def unfit(model: nn.Module, what: str, error: Exception) -> CorruptError:
     )
 
 
+def untie(model_config: Any) -> None:
+    """Have vLLM build a head beside the embedding, for weights that have one, whatever config.json
+    says of tying. `model_config`: vLLM's ModelConfig.
+
+    vLLM does so itself (0.32.0, ModelConfig.maybe_untie_word_embeddings) where it sees safetensors
+    files with a head beside config.json, and ties the two again after the load if they are equal.
+    Our weights are not there: a head that differs would be left out in silence.
+    """
+    config = model_config.hf_config
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+        model_config.word_embeddings_untied_by_checkpoint = True
+
+
 def homes(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a file in vLLM's layout may fill, by name: parameters and buffers.
 
@@ -75,11 +91,14 @@ def home(
     return target.data.view(-1).view(torch.uint8)
 
 
-def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def copy_in_place(
+    model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], *, once: bool = False
+) -> None:
     """Copy a file in vLLM's own layout over the model's parameters and buffers.
 
-    Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError where the
-    file lacks a parameter.
+    `once`: the file has one tensor for each memory, so that a second one for the same is another
+    model's. Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError
+    where the file lacks a parameter.
     """
     targets = homes(model)
     filled: set[int] = set()
@@ -98,6 +117,12 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
                     f"{tuple(target.shape)} {target.dtype} in this model.",
                     hint="A file in vLLM's own layout fits only the vLLM version, dtype, "
                     "quantization and parallel size (and CPU or GPU) that wrote it.",
+                )
+            if once and target.numel() and target.data_ptr() in filled:
+                raise ConfigurationError(
+                    f"The file holds {name!r} for itself; in this model it is another's memory.",
+                    hint="Parameters are tied here that were not when the model was packed: is "
+                    "config.json the one of the bundle?",
                 )
             if target.data_ptr() != tensor.data_ptr():
                 target.data.copy_(tensor)

@@ -41,6 +41,7 @@ KINDS = {
         )
     ),
     "quantized-w8a8": Kind(tiny_models.quantized),
+    "head-of-its-own-denied-by-config": Kind(tiny_models.wrongly_tied),
     "float16-tied": Kind(_llama(torch.float16, tied=True)),
     # The weights are converted on their way into the model.
     "float32-untied-as-bfloat16": Kind(_llama(torch.float32, tied=False), "bfloat16"),

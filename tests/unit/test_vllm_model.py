@@ -46,6 +46,14 @@ def test_a_file_in_vllms_layout_is_copied_in_place(loader: Any) -> None:
     assert torch.equal(model.scale, torch.ones(1))
 
 
+def test_two_tensors_for_one_memory_are_refused_where_each_comes_once(loader: Any) -> None:
+    """What `pack` wrote untied must not meet a tied model: the last one would win in silence."""
+    both = {"embed": torch.ones(2, 2), "head": torch.zeros(2, 2), "norm": torch.ones(2)}
+    loader.copy_in_place(Tied(), iter(both.items()))
+    with pytest.raises(ConfigurationError, match="'head' for itself"):
+        loader.copy_in_place(Tied(), iter(both.items()), once=True)
+
+
 def test_buffers_of_no_state_dict_are_taken_too(loader: Any) -> None:
     """vLLM's own writer stores them: the tables of rotary embeddings."""
     model = Tied()
