@@ -165,7 +165,7 @@ def test_shards_that_pack_made_with_vllm_are_loaded_by_their_ranks(
     for rank in range(RANKS):
         (plan,) = [e for e in events if e["event"] == "load_plan" and e["rank"] == rank]
         # Its half, and the norms.
-        assert 0.5 * whole < plan["bytes"] < 0.55 * whole
+        assert 0.49 * whole < plan["bytes"] < 0.55 * whole
 
 
 def test_ranks_share_one_file_and_fetch_it_once(
