@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from tensorserve import vllm_flags
+from tensorserve.child_environment import child_environment
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.fingerprint import Fingerprint
 from tensorserve.format import TensorSpec
 from tensorserve.packing_sources import Read, TensorsSource
+from tensorserve.preflight import check_shared_memory
 
 # number of the tensor, first byte, bytes
 REQUEST = struct.Struct("<IQQ")
@@ -52,6 +54,8 @@ def engine_parameters(
     wrong with the checkpoint.
     """
     _require_vllm()
+    if ranks > 1:
+        check_shared_memory()  # the ranks' queues; less ends in SIGBUS
     with tempfile.TemporaryDirectory(prefix="tensorserve-pack-") as directory:
         log = Path(directory, "vllm.log")
         with socket.socket(socket.AF_UNIX) as listener:
@@ -76,6 +80,22 @@ def engine_parameters(
                 _stop(process)
                 for connection in connections:
                     connection.close()
+
+
+def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM sees of `environ` while it builds the model."""
+    # As when vLLM serves, the secrets of this shell are not its own. Nothing is looked up at a hub:
+    # the directory has it all.
+    environment = dict(child_environment(environ, None)) | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # The CPU build would want a NUMA node for each rank.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if "VLLM_PLUGINS" in environment:  # all that it may load: the load format is ours
+        environment["VLLM_PLUGINS"] += ",tensorserve"
+    return environment
 
 
 def _require_vllm() -> None:
@@ -105,18 +125,10 @@ def _start(
         "ranks": ranks,
         "address": address,
     }
-    # Nothing is looked up at a hub: the directory has it all.
-    environment = dict(os.environ) | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        # The CPU build would want a NUMA node for each rank.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "tensorserve.vllm_packing", json.dumps(given)],
-            env=environment,
+            env=vllm_environment(os.environ),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""`tensorserve pack` as a program: its progress bar, and what a signal leaves behind."""
+"""`pack` and `verify` as programs: the progress bar, and what a signal leaves behind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tensorserve.engine_parameters import vllm_environment
 
 MIB = 1024**2
 SECONDS = 60.0
@@ -33,33 +35,46 @@ def model_of(directory: Path, megabytes: int) -> Path:
     return directory
 
 
-def command(model: Path, destination: Path) -> list[str]:
-    return [sys.executable, "-m", "tensorserve.cli", "pack", str(model), str(destination)]
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "tensorserve.cli", *map(str, words)]
 
 
-def test_a_terminal_sees_a_progress_bar(tmp_path: Path) -> None:
-    """In percent, on standard error; the result alone is on standard output."""
-    model = model_of(tmp_path / "hf", 256)
+def on_a_terminal(words: list[str]) -> tuple[int, str, bytes]:
+    """(exit code, standard output, what the terminal got on standard error)."""
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 100))  # a new one has no columns at all
-    with subprocess.Popen(
-        command(model, tmp_path / "bundle"), stdout=subprocess.PIPE, stderr=writer, text=True
-    ) as packing:
+    seen = b""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=writer, text=True) as program:
         os.close(writer)
-        seen = b""
         try:
             while data := os.read(reader, 65536):
                 seen += data
         except OSError:  # how Linux says that the terminal's other side is closed
             pass
-        assert packing.stdout is not None
-        said = packing.stdout.read()
+        assert program.stdout is not None
+        said = program.stdout.read()
     os.close(reader)
-    assert packing.returncode == 0, seen
+    return program.returncode, said, seen
+
+
+def test_a_terminal_sees_a_progress_bar(tmp_path: Path) -> None:
+    """Of pack and of verify, in percent, on standard error; results alone are on standard output,
+    and damage ends verify with 65."""
+    model, bundle = model_of(tmp_path / "hf", 256), tmp_path / "bundle"
+    code, said, seen = on_a_terminal(command("pack", model, bundle))
+    assert (code, said.startswith(str(bundle))) == (0, True), seen
     assert b"packing" in seen
     assert b"%" in seen
-    assert said.startswith(str(tmp_path / "bundle"))
     assert "%" not in said
+    (bundle / "config.json").write_text("{ }")
+    code, said, seen = on_a_terminal(command("verify", bundle))
+    assert code == 65, seen
+    assert b"verifying" in seen
+    assert b"%" in seen
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["ok", "model.tensors"],
+        ["DAMAGED", "config.json"],
+    ]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -69,7 +84,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: i
     bundles = tmp_path / "bundles"
     bundles.mkdir()
     with subprocess.Popen(
-        command(model, bundles / "m"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command("pack", model, bundles / "m"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as packing:
         deadline, pause = time.monotonic() + SECONDS, threading.Event()
         while not list(bundles.glob(".m.packing-*/model.tensors")):
@@ -79,3 +94,19 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: i
         packing.send_signal(number)
         assert packing.wait(SECONDS) == code
     assert list(bundles.iterdir()) == []
+
+
+def test_vllm_gets_no_secret_while_it_builds_a_model() -> None:
+    """It needs none: key and destination stay with pack. Our load format is loaded all the same."""
+    shell = {
+        "PATH": "/bin",
+        "TENSORSERVE_KEY": "canary",
+        "AWS_SECRET_ACCESS_KEY": "canary",
+        "HF_TOKEN": "canary",
+        "VLLM_PLUGINS": "",
+    }
+    seen = vllm_environment(shell)
+    assert "canary" not in seen.values()
+    assert seen["PATH"] == "/bin"
+    assert "tensorserve" in seen["VLLM_PLUGINS"].split(",")
+    assert "VLLM_PLUGINS" not in vllm_environment({}), "without a list, vLLM loads all"
