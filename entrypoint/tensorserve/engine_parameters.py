@@ -77,7 +77,7 @@ def engine_parameters(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_END_SECONDS)
             finally:
-                _stop(process)
+                stop(process)
                 for connection in connections:
                     connection.close()
 
@@ -203,11 +203,13 @@ def _reason(lines: list[str]) -> str:
     return (telling or found or ["it ended."])[-1]
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends vLLM and its ranks, if they still run: first as asked, then by force."""
-    for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends vLLM, if it still runs, first as asked, then by force; and all of its ranks."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+            process.wait(_STOP_SECONDS)
+    # A rank that waits for one that is gone waits for ever, and does not hear SIGTERM.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorserve.engine_parameters import vllm_environment
+from tensorserve.engine_parameters import stop, vllm_environment
 
 MIB = 1024**2
 SECONDS = 60.0
@@ -110,3 +111,24 @@ def test_vllm_gets_no_secret_while_it_builds_a_model() -> None:
     assert seen["PATH"] == "/bin"
     assert "tensorserve" in seen["VLLM_PLUGINS"].split(",")
     assert "VLLM_PLUGINS" not in vllm_environment({}), "without a list, vLLM loads all"
+
+
+def test_ranks_that_do_not_hear_are_ended_with_vllm() -> None:
+    """A rank that waits for a peer which is gone: it would keep a model's memory for ever."""
+    script = """
+import os, signal
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(os.getpid(), flush=True)
+signal.pause()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    ) as vllm:
+        assert vllm.stdout is not None
+        rank = os.pidfd_open(int(vllm.stdout.readline()))
+        stop(vllm)
+        ended, _, _ = select.select([rank], [], [], SECONDS)
+        os.close(rank)
+    assert vllm.returncode == -signal.SIGTERM
+    assert ended
