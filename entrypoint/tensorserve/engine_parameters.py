@@ -37,8 +37,9 @@ LOAD_FORMAT = "tensorserve-pack"
 _POLL_SECONDS = 0.5
 _END_SECONDS = 60
 _STOP_SECONDS = 10
-_SHOWN_LINES = 15
-_EXCEPTION = re.compile(r"\b((?:[A-Z]\w*(?:Error|Exception)|Exception): .+)$")
+_SHOWN_LINES, _SHOWN_CHARACTERS = 15, 300
+# The second form is pydantic's, in the line below its exception.
+_EXCEPTION = re.compile(r"(\b(?:[A-Z]\w*(?:Error|Exception)|Exception): .+|Value error, .+)$")
 _SEE_ABOVE = re.compile(r"initialization failed|See (?:stack trace|root cause)", re.IGNORECASE)
 
 
@@ -187,7 +188,8 @@ def _source(connection: Connection, offer: dict[str, Any]) -> TensorsSource:
 
 
 def _failed(log: Path) -> ConfigurationError:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(errors="replace").splitlines()
+    lines = [line[:_SHOWN_CHARACTERS] for line in printed if line.strip()]
     said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
     return ConfigurationError(
         f"vLLM could not build the model: {_reason(lines)}\n{said}\n",

@@ -26,6 +26,8 @@ def test_the_cause_is_found_in_vllms_output() -> None:
     """Not the last line, which says to look above."""
     assert _reason(OUTPUT.splitlines()) == "ValueError: 9 heads, 2 ranks."
     assert _reason(OUTPUT.splitlines()[-1:]).startswith("Exception: WorkerProc")
+    pydantic = ["pydantic.ValidationError: 1 validation error for X", "  Value error, why [type="]
+    assert _reason(pydantic) == "Value error, why [type="
     assert _reason(["Killed"]) == "it ended."
 
 
