@@ -41,7 +41,7 @@ test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 
 # Not in CI, which has 40 minutes for everything.
 .PHONY: test-models
-test-models: venv ## each kind of model, and bundles made by others, beside stock vLLM (15 minutes)
+test-models: venv ## each kind of model in both layouts, and bundles made by others, beside stock vLLM (30 minutes)
 	@$(BIN)/python -m pytest tests/models --timeout 600
 
 .PHONY: test-config

@@ -112,40 +112,11 @@ def _parser() -> _Parser:
     plan.add_argument("--json", action="store_true", help="for programs")
     commands.add_parser("check", help="try everything that a start needs, and start nothing")
 
-    pack = commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
-    pack.add_argument(
-        "source",
-        metavar="SRC",
-        type=Path,
-        help="directory with safetensors and config.json, or organisation/model of the hub",
+    from tensorserve.pack_options import add_pack_options
+
+    add_pack_options(
+        commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
     )
-    pack.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix")
-    pack.add_argument(
-        "--encrypt", action="store_true", help="encrypt the weights with a 32-byte key"
-    )
-    pack.add_argument("--key-file", type=Path, help="the key; made (0600) if it does not exist")
-    pack.add_argument("--passphrase-file", type=Path, help="encrypt with a passphrase instead")
-    pack.add_argument(
-        "--suffix", help="version of the model: the bundle goes to DEST/vllm/<name of SRC>/SUFFIX"
-    )
-    pack.add_argument(
-        "--lora",
-        metavar="NAME=PATH",
-        action="append",
-        default=[],
-        help="a LoRA adapter (PEFT's directory) to be served under NAME; may be repeated",
-    )
-    pack.add_argument(
-        "--dtype", help="convert floating-point weights: bfloat16, float16 or float32"
-    )
-    pack.add_argument(
-        "--serialization-kwargs",
-        metavar="JSON",
-        default="{}",
-        help="tensorizer's options for writing, as in vLLM's example: "
-        "'{\"limit_cpu_concurrency\": 2}'",
-    )
-    pack.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
     verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
     verify.add_argument("uri", metavar="URI")
@@ -291,43 +262,12 @@ def _stop_cleanly() -> None:
 
 
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.hub import model_directory
-    from tensorserve.lora import read_adapters
-    from tensorserve.packing import pack, with_suffix
-    from tensorserve.packing_key import prepare_key
-    from tensorserve.tensorizer_options import encrypting_threads
+    from tensorserve.pack_options import pack_as_asked
 
-    if options.key_file and not options.encrypt:
-        raise UsageError("--key-file without --encrypt.", hint="Add --encrypt.")
-    if options.encrypt and not (options.key_file or options.passphrase_file):
-        raise UsageError(
-            "--encrypt needs a key.",
-            hint="Add --key-file PATH (made if it does not exist) or --passphrase-file PATH.",
-        )
-    if options.passphrase_file and not options.encrypt:
-        raise UsageError("--passphrase-file without --encrypt.", hint="Add --encrypt.")
     _stop_cleanly()
-    source, name = model_directory(options.source)
-    destination = options.destination
-    if options.suffix is not None:
-        destination = with_suffix(destination, name, options.suffix)
-    adapters = read_adapters(options.lora)
-    threads = encrypting_threads(options.serialization_kwargs)
     access, _ = _access(environ)
-    key, passphrase = prepare_key(options.key_file, options.passphrase_file)
     with _ByteBar("packing") as bar:
-        result = pack(
-            source,
-            destination,
-            key=key,
-            passphrase=passphrase,
-            access=access,
-            adapters=adapters,
-            dtype=options.dtype,
-            threads=threads,
-            overwrite=options.overwrite,
-            progress=bar,
-        )
+        result = pack_as_asked(options, access, bar)
     print(result)
     return 0
 

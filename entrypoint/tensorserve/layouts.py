@@ -12,16 +12,31 @@ from tensorserve.format.records import KIND_BUFFER
 
 # tensorizer's mark for files that hold vLLM's own parameters instead of a checkpoint's.
 VLLM_LAYOUT_MARKER = "vllm_tensorized_marker"
+# Ours, a single byte: without the manifest that belongs to it such a file must not be taken for a
+# checkpoint, whose tensors are transposed, fused or cut on their way into the model.
+RANK_MARKER = "tensorserve_rank_marker"
 # Buffers that `write_module` stores although no checkpoint has them (not persistent in
 # transformers 5.19): vLLM computes them itself and refuses them as unknown weights.
 COMPUTED_BUFFERS = frozenset({"position_ids", "token_type_ids", "embed_scale"})
 # With prefixes in transformers ("original_", "local_", a layer type), and in old checkpoints too.
 _FREQUENCIES = "inv_freq"
+# vllm/transformers_utils/config.py (0.32.0), checkpoint_has_lm_head
+_HEAD = "lm_head.weight"
 
 
 def is_vllm_layout(index: FileIndex) -> bool:
     """Whether the file holds vLLM's own parameters (tensorizer's marker), not a checkpoint's."""
     return any(module_name(r) == VLLM_LAYOUT_MARKER for r in index.tensors)
+
+
+def is_rank_layout(index: FileIndex) -> bool:
+    """Whether the file holds a rank's parameters as `pack --layout vllm` writes them."""
+    return any(record.name == RANK_MARKER for record in index.tensors)
+
+
+def has_head(index: FileIndex) -> bool:
+    """Whether a checkpoint's tensors have a head of their own (by vLLM's own test for it)."""
+    return not is_vllm_layout(index) and any(r.name.endswith(_HEAD) for r in index.tensors)
 
 
 def module_name(record: TensorRecord) -> str:
@@ -54,12 +69,24 @@ def loadable(index: FileIndex) -> list[TensorRecord]:
     return records
 
 
-def check_layout(index: FileIndex, name: str, ranks: int, *, sharded: bool) -> None:
+def check_layout(
+    index: FileIndex, name: str, ranks: int, *, sharded: bool, fingerprinted: bool = False
+) -> None:
     """What can be known before vLLM starts: file `name` can fill a model of `ranks` ranks.
 
-    `sharded` says that each rank has a file of its own. Raises CorruptError as `loadable` does,
-    ConfigurationError for one file in vLLM's layout and several ranks.
+    `sharded` says that each rank has a file of its own, `fingerprinted` that the manifest says for
+    which engine the file is. Raises CorruptError as `loadable` does and where file and manifest
+    are not of one layout, ConfigurationError for one file in vLLM's layout and several ranks.
     """
+    if is_rank_layout(index) != fingerprinted:
+        raise CorruptError(
+            f"{name} holds a rank's parameters as vLLM holds them, and no manifest.json says for "
+            "which engine."
+            if not fingerprinted
+            else f"{name} does not hold a rank's parameters, as manifest.json says that it does.",
+            hint="manifest.json belongs to the bundle: copy the whole bundle again, or pack it "
+            "again.",
+        )
     try:
         loadable(index)
     except CorruptError as error:

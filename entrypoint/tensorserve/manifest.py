@@ -15,14 +15,14 @@ from typing import Any
 
 from tensorserve import sources
 from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.fingerprint import HF, LAYOUTS, VLLM, Fingerprint
 from tensorserve.format import FileIndex
 from tensorserve.sources import Access, NotFoundError
 
 MANIFEST = "manifest.json"
+SINGLE, SHARDS = "model.tensors", "model-rank-%03d.tensors"
 FORMAT = "tensorserve-bundle"
 VERSION = 1
-# Tensor names and shapes as a Hugging Face checkpoint has them: what vLLM's load_weights() takes.
-LAYOUT = "hf"
 MAX_MANIFEST_BYTES = 64 * 1024**2
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _REPLACED_HINT = (
@@ -68,18 +68,27 @@ class Manifest:
     tensors_files: Mapping[str, TensorsEntry]
     encryption: Encryption | None
     made_by: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
+    """For which engine the tensors are, in layout `vllm`; None in layout `hf`."""
+
+    @property
+    def layout(self) -> str:
+        """One of LAYOUTS."""
+        return VLLM if self.fingerprint else HF
 
     def to_json(self) -> bytes:
         """The manifest as it stands in the bundle."""
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "layout": LAYOUT,
+            "layout": self.layout,
             "files": [asdict(entry) for entry in self.files],
             "tensors_files": {name: asdict(entry) for name, entry in self.tensors_files.items()},
             "encryption": asdict(self.encryption) if self.encryption else None,
             "made_by": dict(self.made_by),
         }
+        if self.fingerprint is not None:
+            document["fingerprint"] = self.fingerprint.to_json()
         return (json.dumps(document, indent=2) + "\n").encode()
 
 
@@ -108,10 +117,10 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         if document.text("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         version, layout = document.natural("version"), document.text("layout")
-        if version != VERSION or layout != LAYOUT:
+        if version != VERSION or layout not in LAYOUTS:
             raise ConfigurationError(
                 f"{name} is of version {version}, layout {layout!r}; this release knows version "
-                f"{VERSION}, layout {LAYOUT!r}.",
+                f"{VERSION}, layouts {' and '.join(map(repr, LAYOUTS))}.",
                 hint="Use a newer tensorserve, or pack the bundle again with this one.",
             )
         files = tuple(_file(_Fields(entry, "a file")) for entry in document.items("files"))
@@ -123,16 +132,27 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         if len(set(names)) != len(names):
             raise ValueError("it names a file twice")
         sealed = document.get("encryption")
+        fingerprint = None
+        if layout == VLLM:
+            fingerprint = Fingerprint.from_json(document.get("fingerprint"))
+            if set(model_files(fingerprint.ranks)) - set(tensors):
+                raise ValueError(f"it lacks files of its {fingerprint.ranks} ranks")
         return Manifest(
             files=files,
             tensors_files=tensors,
             encryption=None if sealed is None else _encryption(_Fields(sealed, "encryption")),
             made_by={k: str(v) for k, v in document.mapping("made_by").items()},
+            fingerprint=fingerprint,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptError(
             f"{name} is not a manifest: {error}.", hint="Pack the bundle again."
         ) from error
+
+
+def model_files(ranks: int) -> tuple[str, ...]:
+    """What `pack` calls the model's .tensors files."""
+    return (SINGLE,) if ranks == 1 else tuple(SHARDS % rank for rank in range(ranks))
 
 
 def check_index(manifest: Manifest, name: str, index: FileIndex) -> None:

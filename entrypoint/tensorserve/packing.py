@@ -1,7 +1,7 @@
 """How does a Hugging Face directory become a bundle: tensors, small files, manifest?
 
-Nothing is unpickled and no model code runs: tensors go from safetensors to .tensors as bytes, one
-at a time, sealed on the way. There is no plain-text copy and, for S3, no copy on disk.
+Nothing is unpickled, and in layout `hf` no model code runs: tensors go from safetensors to .tensors
+as bytes, one at a time, sealed on the way. There is no plain-text copy and, for S3, none on disk.
 """
 
 from __future__ import annotations
@@ -9,31 +9,40 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from tensorserve import __version__
 from tensorserve.casting import Casting
-from tensorserve.checkpoint import Checkpoint, CheckpointReader, read_checkpoint
+from tensorserve.checkpoint import Checkpoint, read_checkpoint
 from tensorserve.destinations import Destination, open_destination
+from tensorserve.engine_parameters import engine_parameters
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
+from tensorserve.fingerprint import HF, VLLM
 from tensorserve.format import (
     CHUNK_BYTES,
     FileKey,
     PasswordHash,
-    TensorSpec,
     fresh_password_hash,
     plan_file,
     write_file,
 )
 from tensorserve.keys import parse_key, parse_passphrase
 from tensorserve.lora import WEIGHTS, adapter_file
-from tensorserve.manifest import MANIFEST, Encryption, FileEntry, Manifest, TensorsEntry
+from tensorserve.manifest import (
+    MANIFEST,
+    Encryption,
+    FileEntry,
+    Manifest,
+    TensorsEntry,
+    model_files,
+)
+from tensorserve.packing_sources import TensorsSource, from_checkpoint
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
 
-TENSORS_NAME = "model.tensors"
 CIPHER = "xsalsa20-poly1305"
 # Room for the manifest and the file system's own needs.
 _SPARE_BYTES = 16 * 1024**2
@@ -50,6 +59,7 @@ class PackResult:
     destination: str  # redacted
     tensors: int
     data_bytes: int
+    ranks: int
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -58,8 +68,10 @@ class PackResult:
 
     def __str__(self) -> str:
         sealed = f"encrypted, key from {self.key_origin}" if self.key_origin else "NOT ENCRYPTED"
+        shards = f" in {self.ranks} files" if self.ranks > 1 else ""
         lines = [
-            f"{self.destination}: {self.tensors} tensors, {self.data_bytes / 1e6:.1f} MB, {sealed}",
+            f"{self.destination}: {self.tensors} tensors, {self.data_bytes / 1e6:.1f} MB{shards}, "
+            f"{sealed}",
             f"  with {', '.join(self.files)}",
         ]
         if self.adapters:
@@ -79,6 +91,8 @@ def pack(
     passphrase: Secret | None = None,
     adapters: Mapping[str, Checkpoint] | None = None,
     dtype: str | None = None,
+    layout: str = HF,
+    tensor_parallel_size: int = 1,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -91,8 +105,13 @@ def pack(
     encrypt. Memory: the largest tensor, and a few 16 MiB parts for S3. On any error,
     KeyboardInterrupt included, what was written is removed. Raises ConfigurationError for an unfit
     source, destination or key, CorruptError for a damaged source, and the destination's errors.
+
+    `layout` "vllm" writes the parameters of `tensor_parallel_size` ranks as vLLM holds them
+    (engine_parameters.py), which then all are in memory.
     """
     started = time.monotonic()
+    if layout == HF and tensor_parallel_size > 1:
+        raise ConfigurationError("Only layout 'vllm' has a file for each rank.")
     if key is not None and passphrase is not None:
         raise ConfigurationError("Both a key and a passphrase are given.", hint="Give one of them.")
     opened_by: FileKey | None = None
@@ -106,36 +125,47 @@ def pack(
     if casting is not None:
         checkpoint = casting.checkpoint
     derivation = fresh_password_hash() if passphrase is not None else None
-    parts = [_Part(checkpoint, TENSORS_NAME, "", opened_by is not None, derivation)]
-    for name, adapter in sorted((adapters or {}).items()):
-        folder = adapter_file(name, "")
-        parts.append(_Part(adapter, folder + WEIGHTS, folder, opened_by is not None, derivation))
-    _refuse_twice(parts)
-    needed = sum(part.size for part in parts) + _SPARE_BYTES
+    folders = {"": checkpoint} | {
+        adapter_file(name, ""): adapter for name, adapter in sorted((adapters or {}).items())
+    }
+    _refuse_twice(model_files(tensor_parallel_size), folders)
+    needed = sum(_size(one) for one in folders.values()) + _SPARE_BYTES
+    # Before a model is built in vain.
     destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
-    count = _Count(sum(part.plan.index.data_bytes for part in parts), progress)
     try:
-        # The largest and likeliest to fail first; what makes it a bundle last.
-        tensors = {
-            part.tensors_name: _write_tensors(
-                destination, part, opened_by, count, casting if not part.folder else None, threads
-            )
-            for part in parts
-        }
-        files = tuple(
+        with ExitStack() as stack:
+            fingerprint, ranks = None, [from_checkpoint(checkpoint, casting)]
+            if layout == VLLM:
+                engine = engine_parameters(src, dtype, tensor_parallel_size)
+                fingerprint, ranks = stack.enter_context(engine)
+            named = dict(zip(model_files(len(ranks)), ranks, strict=True)) | {
+                folder + WEIGHTS: from_checkpoint(one) for folder, one in folders.items() if folder
+            }
+            files = [
+                _File(name, source, opened_by is not None, derivation)
+                for name, source in named.items()
+            ]
+            count = _Count(sum(file.plan.index.data_bytes for file in files), progress)
+            # The largest and likeliest to fail first; what makes it a bundle last.
+            tensors = {
+                file.name: _write_tensors(destination, file, opened_by, count, threads)
+                for file in files
+            }
+        small = tuple(
             _write(destination, name, casting.config())
-            if casting is not None and part.folder + name == "config.json"
-            else _copy(destination, part.checkpoint, name, size, part.folder + name)
-            for part in parts
-            for name, size in part.checkpoint.files.items()
+            if casting is not None and folder + name == "config.json"
+            else _copy(destination, one, name, size, folder + name)
+            for folder, one in folders.items()
+            for name, size in one.files.items()
         )
         manifest = Manifest(
-            files=files,
+            files=small,
             tensors_files=tensors,
             encryption=None
             if opened_by is None
             else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
             made_by={"tensorserve": __version__},
+            fingerprint=fingerprint,
         ).to_json()
         _write(destination, MANIFEST, manifest)
         destination.commit()
@@ -148,10 +178,11 @@ def pack(
         raise
     return PackResult(
         destination=redact_uri(dest),
-        tensors=sum(len(part.plan.index.tensors) for part in parts),
+        tensors=sum(len(file.plan.index.tensors) for file in files),
         data_bytes=count.whole,
+        ranks=len(ranks),
         files=tuple(checkpoint.files),
-        left_out=tuple(part.folder + name for part in parts for name in part.checkpoint.left_out),
+        left_out=tuple(folder + name for folder, one in folders.items() for name in one.left_out),
         adapters=tuple(sorted(adapters or ())),
         key_origin=opened_by.origin if opened_by else None,
         seconds=time.monotonic() - started,
@@ -166,24 +197,14 @@ def with_suffix(dest: str, model: str, suffix: str) -> str:
     return f"{dest.rstrip('/')}/vllm/{model}/{suffix}"
 
 
-class _Part:
-    """A checkpoint and where it goes in the bundle: the model itself, or an adapter."""
+class _File:
+    """A .tensors file to be written."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tensors_name: str,
-        folder: str,
-        encrypted: bool,
-        derivation: PasswordHash | None,
+        self, name: str, source: TensorsSource, sealed: bool, derivation: PasswordHash | None
     ) -> None:
-        self.checkpoint, self.tensors_name, self.folder = checkpoint, tensors_name, folder
-        self.plan = plan_file(
-            (TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors),
-            encrypted=encrypted,
-            derivation=derivation,
-        )
-        self.size = self.plan.index.size + sum(checkpoint.files.values())
+        self.name, self.source = name, source
+        self.plan = plan_file(source.specs, encrypted=sealed, derivation=derivation)
 
 
 class _Count:
@@ -200,9 +221,14 @@ class _Count:
             self._progress(self._done, self.whole)
 
 
-def _refuse_twice(parts: list[_Part]) -> None:
-    names = [part.tensors_name for part in parts]
-    names += [part.folder + name for part in parts for name in part.checkpoint.files]
+def _size(checkpoint: Checkpoint) -> int:
+    """Bytes that it will take, about: headers and tags come to less than what is spared."""
+    return sum(t.length for t in checkpoint.tensors) + sum(checkpoint.files.values())
+
+
+def _refuse_twice(model: tuple[str, ...], folders: Mapping[str, Checkpoint]) -> None:
+    names = [*model, *(folder + WEIGHTS for folder in folders if folder)]
+    names += [folder + name for folder, one in folders.items() for name in one.files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigurationError(
@@ -212,35 +238,23 @@ def _refuse_twice(parts: list[_Part]) -> None:
 
 
 def _write_tensors(
-    destination: Destination,
-    part: _Part,
-    key: FileKey | None,
-    count: _Count,
-    casting: Casting | None,
-    threads: int | None,
+    destination: Destination, file: _File, key: FileKey | None, count: _Count, threads: int | None
 ) -> TensorsEntry:
-    plan, reader = (
-        part.plan,
-        CheckpointReader(part.checkpoint if casting is None else casting.stored),
-    )
-    read = reader.read_into if casting is None else casting.reader(reader.read_into)
-    try:
-        with destination.create(part.tensors_name, plan.index.size) as out:
-            headers = write_file(
-                out,
-                plan,
-                lambda record, start, view: read(record.name, start, view),
-                key=key,
-                on_bytes=count,
-                threads=threads,
-            )
-    finally:
-        reader.close()
+    index = file.plan.index
+    with file.source.reading() as read, destination.create(file.name, index.size) as out:
+        headers = write_file(
+            out,
+            file.plan,
+            lambda record, start, view: read(record.name, start, view),
+            key=key,
+            on_bytes=count,
+            threads=threads,
+        )
     return TensorsEntry(
-        size=plan.index.size,
-        tensors=len(plan.index.tensors),
-        data_bytes=plan.index.data_bytes,
-        index_sha256=plan.index.digest,
+        size=index.size,
+        tensors=len(index.tensors),
+        data_bytes=index.data_bytes,
+        index_sha256=index.digest,
         headers_sha256=headers,
     )
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError
+from tensorserve.manifest import SHARDS, SINGLE
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.settings import Settings
 
 # What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
 SHARD_PATTERN = re.compile(r"%0\dd")
-DEFAULT_TENSORS = "model.tensors"
-DEFAULT_SHARDS = "model-rank-%03d.tensors"
 # What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_LORA_RANK = 16
+# vLLM's other names for dtypes (vllm/config/model.py, 0.32.0); "auto" is decided by vLLM.
+_DTYPES = {"half": "float16", "float": "float32"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class LaunchPlan:
     health_url: str
     host: str
     port: int
+    engine: tuple[tuple[str, object], ...] = ()
+    """What the flags say of the engine's fingerprint (fingerprint.py) beside the size above."""
 
     def shards(self, template: str) -> tuple[str, ...]:
         """The files that `template` means: one a rank, or the one file of all ranks."""
@@ -73,9 +76,11 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
             argv += words
     argv += given.plain
     secret_flags = dict(settings.secret_flags) | dict(given.secrets)
-    tensor_parallel = given.value("tensor-parallel-size") or next(
-        (w.partition("=")[2] for w in flags.get("tensor-parallel-size", ())), "1"
-    )
+
+    def wish(name: str) -> str | None:
+        words = flags.get(name, ())
+        return given.value(name) or next((w.partition("=")[2] for w in words), None)
+
     secure = "ssl-certfile" in flags or "ssl-certfile" in given.names
     return LaunchPlan(
         argv=tuple(argv),
@@ -83,13 +88,27 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         secret_flags=tuple(secret_flags.items()),
         bundle_uri=bundle_uri,
         tensors=tensors,
-        tensor_parallel_size=_positive(tensor_parallel, "--tensor-parallel-size"),
+        tensor_parallel_size=_positive(wish("tensor-parallel-size"), "--tensor-parallel-size"),
         model_dir=model_dir,
         served_name=given.value("served-model-name") or served_name,
         health_url=f"{'https' if secure else 'http'}://{_reachable(host)}:{port}/health",
         host=host,
         port=port,
+        engine=_engine(wish, argv),
     )
+
+
+def _engine(wish: Callable[[str], str | None], argv: list[str]) -> tuple[tuple[str, object], ...]:
+    fields: dict[str, object] = {
+        "pipeline_parallel_size": _positive(
+            wish("pipeline-parallel-size"), "--pipeline-parallel-size"
+        ),
+        "expert_parallel": "-ep" in argv or "--enable-expert-parallel" in map(_flag_of, argv),
+    }
+    dtype = wish("dtype")
+    if dtype not in {None, "auto"}:
+        fields["dtype"] = _DTYPES.get(str(dtype), dtype)
+    return tuple(fields.items())
 
 
 def wants_adapters(plan: LaunchPlan) -> bool:
@@ -139,7 +158,7 @@ def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
     parts = urlsplit(uri)
     path = parts.path if "://" in uri else uri
     if not path.endswith(".tensors"):
-        return uri, (DEFAULT_TENSORS, DEFAULT_SHARDS)
+        return uri, (SINGLE, SHARDS)
     directory, _, name = path.rpartition("/")
     if "://" not in uri:
         return directory or (".", "/")[path.startswith("/")], (name,)
@@ -195,7 +214,9 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _positive(text: str, name: str) -> int:
+def _positive(text: str | None, name: str) -> int:
+    if text is None:
+        return 1
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise ConfigurationError(f"{name} {text!r} is not a whole number above 0.")

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey
-from tensorserve.layouts import check_layout
+from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
@@ -198,6 +199,13 @@ def check_weights(
     """Every shard is there, whole, a .tensors file, and opened by the key."""
     access = access_for(settings)
     key = key_for(settings)
+    manifest = weights.manifest = read_manifest(plan.bundle_uri, access)
+    vouched = manifest.tensors_files if manifest else {}
+    # Another file may stand beside a bundle's own, and be named in the URI.
+    own = any(name in vouched for template in plan.tensors for name in plan.shards(template))
+    fingerprint = manifest.fingerprint if manifest and own else None
+    if fingerprint is not None:
+        check_engine(fingerprint, plan)
     template, first = _first_shard(plan, access, key, observer)
     opened = [first]
     try:
@@ -207,36 +215,47 @@ def check_weights(
             )
         ranks, sharded = plan.tensor_parallel_size, bool(SHARD_PATTERN.search(template))
         for one in opened:
-            check_layout(one.index, one.source.name, ranks, sharded=sharded)
+            check_layout(
+                one.index, one.source.name, ranks, sharded=sharded, fingerprinted=bool(fingerprint)
+            )
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
-        weights.manifest = read_manifest(plan.bundle_uri, access)
-        vouched = weights.manifest.tensors_files if weights.manifest else {}
         weights.shards = tuple(
             Shard(
                 sources.join(plan.bundle_uri, name),
                 o.source.version,
                 o.source.size,
                 vouched[name].headers_sha256 if name in vouched else None,
+                fingerprint.to_json() if fingerprint else None,
+                has_head=has_head(o.index),
             )
             for name, o in zip(plan.shards(template), opened, strict=True)
         )
         for name, one in zip(plan.shards(template), opened, strict=True):
-            # Another file may stand beside a bundle's own, and be named in the URI.
-            if weights.manifest and (
-                name in weights.manifest.tensors_files or len(plan.tensors) > 1
-            ):
-                check_index(weights.manifest, name, one.index)
+            if manifest and (name in vouched or len(plan.tensors) > 1):
+                check_index(manifest, name, one.index)
         tensors = sum(len(o.index.tensors) for o in opened)
         yield Passed(
             "weights",
             f"{first.source.name}: {tensors} tensors, {weights.data_bytes / 1e9:.3f} GB"
             + (f" in {len(opened)} shards" if len(opened) > 1 else ""),
         )
+        if fingerprint is not None:
+            yield Passed("layout", f"vLLM's own, for {fingerprint}")
         secured = "encrypted, the key opens it" if first.index.encrypted else "not encrypted"
         yield Passed("encryption", secured)
     finally:
         for one in opened:
             one.source.close()
+
+
+def check_engine(fingerprint: Fingerprint, plan: LaunchPlan) -> None:
+    """As far as it is known without vLLM, the engine is the one whose parameters were packed."""
+    here = dict(plan.engine) | {
+        "vllm": _vllm_version().partition("+")[0],
+        "device": "cpu" if engine_is_cpu() else "cuda",
+        "tensor_parallel_size": plan.tensor_parallel_size,
+    }
+    check_fingerprint(fingerprint, here)
 
 
 def check_config(bundle_uri: str, access: Access) -> None:

@@ -146,9 +146,9 @@ class _Reader:
         s3 = self._s3()
         if self.problems:
             count = len(self.problems)
+            head = f"{count} mistake{'s' * (count > 1)} in the configuration:"
             raise ConfigurationError(
-                f"{count} mistake{'s' * (count > 1)} in the configuration",
-                problems=tuple(self.problems),
+                "\n".join((head, *self.problems)), problems=tuple(self.problems)
             )
         values["state_dir"] = values["state_dir"] or default_state_dir()
         return Settings(

@@ -77,7 +77,8 @@ def llm_kwargs(
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         given["TENSORSERVE_STATE_DIR"] = directory
     read = Settings.from_environment(given)
-    plan = replace(make_plan(read), tensor_parallel_size=tensor_parallel_size)
+    # What else LLM() is given, it alone knows.
+    plan = replace(make_plan(read), tensor_parallel_size=tensor_parallel_size, engine=())
     check_vllm()
     check_device()
     weights = Weights()
@@ -119,7 +120,7 @@ def settings_environment(extra: Mapping[str, Any], environ: Mapping[str, str]) -
 def own_start(environ: Mapping[str, str], ranks: int) -> Start:
     """A start of `environ` for a loader that nobody started: checked here, in each rank."""
     settings = Settings.from_environment(environ)
-    plan: LaunchPlan = replace(make_plan(settings), tensor_parallel_size=ranks)
+    plan: LaunchPlan = replace(make_plan(settings), tensor_parallel_size=ranks, engine=())
     weights = Weights()
     for _ in check_weights(settings, plan, weights, None):
         pass

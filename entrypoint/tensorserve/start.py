@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from tensorserve import handoff
 from tensorserve.settings import HANDOFF_VARIABLE, Settings, handed_over
@@ -23,6 +24,10 @@ class Shard:
     size: int
     headers_sha256: str | None = None
     """Of all tensors' headers, where a manifest vouches for it."""
+    fingerprint: Mapping[str, Any] | None = None
+    """Of the engine whose parameters it holds (fingerprint.py); None: not in our layout `vllm`."""
+    has_head: bool = False
+    """Whether there is an `lm_head` in it, which config.json may deny."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tensorserve.errors import TensorserveError
+from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileIndex, TensorRecord
-from tensorserve.layouts import is_vllm_layout, loadable, module_name
+from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
@@ -38,7 +39,16 @@ from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
-from tensorserve.vllm_model import copy_in_place, give, home, homes, populate_soon, unfit
+from tensorserve.vllm_fingerprint import engine_fingerprint
+from tensorserve.vllm_model import (
+    copy_in_place,
+    give,
+    home,
+    homes,
+    populate_soon,
+    unfit,
+    untie,
+)
 
 PROGRESS_SECONDS = 0.25
 
@@ -74,7 +84,15 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         try:
             device = torch.device(self.load_config.device or vllm_config.device_config.device)
             self._device = device
-            if device.type != "cpu" and self._in_vllm_layout():
+            if self._start.shard(self._rank).has_head:
+                untie(model_config)
+            packed = self._start.shard(self._rank).fingerprint
+            if packed is not None:
+                here = engine_fingerprint(vllm_config, model_config)
+                check_fingerprint(Fingerprint.from_json(packed), here.to_json())
+                # Taken before post-processing: the ordinary order, straight into the parameters.
+                model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            elif device.type != "cpu" and self._in_vllm_layout():
                 model = self._load_processed(vllm_config, model_config, prefix, device)
             else:
                 model = super().load_model(vllm_config, model_config, prefix)
@@ -94,29 +112,26 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._phase("load", "begin")
         populate_soon(model, self._start.processors)
         with self._open() as opened:
-            records = loadable(opened.index)
+            packed = self._start.shard(self._rank).fingerprint is not None
+            # All of what `pack` took from a rank, even what is computed where a checkpoint has it.
+            records = list(opened.index.tensors) if packed else loadable(opened.index)
             self._emit(
                 "load_plan",
                 rank=self._rank,
                 bytes=sum(r.length for r in records),
                 tensors=len(records),
             )
-            if is_vllm_layout(opened.index):
+            if packed or is_vllm_layout(opened.index):
                 targets = homes(model)
                 staging = self._staging()
                 here = self._device if staging is not None else torch.device("cpu")
                 tensors = self._stream(
                     opened, records, staging, lambda record: home(targets, record, here)
                 )
-                copy_in_place(model, tensors)
+                parameters = ((n, t) for n, t in tensors if n != RANK_MARKER)
+                copy_in_place(model, parameters, once=packed)
             else:
-                loaded = give(model, self._stream(opened, records, self._staging()))
-                if model_config.quantization is None and loaded is not None:
-                    # The stock loader's own check that no parameter was left as it was born.
-                    try:
-                        DefaultModelLoader.track_weights_loading(self, model, loaded)
-                    except ValueError as error:
-                        raise unfit(model, "what it needs is not in the file", error) from error
+                fill(self, model, model_config, self._stream(opened, records, self._staging()))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._emit("load_done", rank=self._rank)
@@ -130,7 +145,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         prefix: str,
         device: torch.device,
     ) -> nn.Module:
-        """vLLM's own layout on a GPU: the file holds parameters *after* post-processing.
+        """What vLLM's own path wrote on a GPU: the file holds parameters *after* post-processing.
 
         So the empty module is brought into that form first, then filled. (On CPU post-processing
         repacks weights into memory that no file can hold; there the file must be in the form
@@ -252,3 +267,19 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
     """Whether `records` are all tensors of the file."""
     return len(records) == len(index.tensors)
+
+
+def fill(
+    loader: BaseModelLoader,
+    model: nn.Module,
+    model_config: ModelConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    """Fill `model` from a whole checkpoint. Raises CorruptError where the two do not fit."""
+    loaded = give(model, tensors)
+    if model_config.quantization is None and loaded is not None:
+        # The stock loader's own check that no parameter was left as it was born.
+        try:
+            DefaultModelLoader.track_weights_loading(loader, model, loaded)
+        except ValueError as error:
+            raise unfit(model, "what it needs is not in the file", error) from error

@@ -1,4 +1,7 @@
-"""How do tensors get into a model of vLLM: through its weight loaders, or in place?"""
+"""How do tensors get into a model of vLLM, through its weight loaders or in place, and out of it?
+
+Knows torch's modules only; vLLM itself is not imported.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.format import TensorRecord
+from tensorserve.format import ITEM_SIZES, TensorRecord
 from tensorserve.layouts import module_name
 from tensorserve.linux import populate
 
@@ -41,6 +45,9 @@ def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thr
     thread = threading.Thread(target=run, name="tensorserve-populate", daemon=True)
     thread.start()
     return thread
+
+
+_OTHER_LAYOUT = "Leave --layout out: layout 'hf' fits every model."
 
 
 def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
@@ -74,6 +81,21 @@ def unfit(model: nn.Module, what: str, error: Exception) -> CorruptError:
     )
 
 
+def untie(model_config: Any) -> None:
+    """Have vLLM build a head beside the embedding, for weights that have one, whatever config.json
+    says of tying. `model_config`: vLLM's ModelConfig.
+
+    vLLM does so itself (0.32.0, ModelConfig.maybe_untie_word_embeddings) where it sees safetensors
+    files with a head beside config.json, and ties the two again after the load if they are equal.
+    Our weights are not there: a head that differs would be left out in silence.
+    """
+    config = model_config.hf_config
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+        model_config.word_embeddings_untied_by_checkpoint = True
+
+
 def homes(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a file in vLLM's layout may fill, by name: parameters and buffers.
 
@@ -101,11 +123,14 @@ def home(
     return target.data.view(-1).view(torch.uint8)
 
 
-def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def copy_in_place(
+    model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], *, once: bool = False
+) -> None:
     """Copy a file in vLLM's own layout over the model's parameters and buffers.
 
-    Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError where the
-    file lacks a parameter.
+    `once`: the file has one tensor for each memory, so that a second one for the same is another
+    model's. Raises ConfigurationError where a name, shape or dtype does not fit, CorruptError
+    where the file lacks a parameter.
     """
     targets = homes(model)
     filled: set[int] = set()
@@ -125,6 +150,12 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
                     hint="A file in vLLM's own layout fits only the vLLM version, dtype, "
                     "quantization and parallel size (and CPU or GPU) that wrote it.",
                 )
+            if once and target.numel() and target.data_ptr() in filled:
+                raise ConfigurationError(
+                    f"The file holds {name!r} for itself; in this model it is another's memory.",
+                    hint="Parameters are tied here that were not when the model was packed: is "
+                    "config.json the one of the bundle?",
+                )
             if target.data_ptr() != tensor.data_ptr():
                 target.data.copy_(tensor)
             filled.add(target.data_ptr())
@@ -140,3 +171,46 @@ def copy_in_place(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]])
             f"The file lacks {len(left)} of the model's parameters, for example {left[0]!r}.",
             hint="Was it written by another version of vLLM? Pack the checkpoint again.",
         )
+
+
+def computed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers that are in no state dict: vLLM computes them (rotary tables)."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: held.clone() for name, held in homes(model).items() if name not in kept}
+
+
+def held_tensors(model: nn.Module, computed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a file has to hold to fill such a model: the state dict, and of `computed` (what
+    `computed_buffers` gave before the load) the buffers that the checkpoint changed.
+
+    Tied parameters come once. Raises ConfigurationError for what a file cannot hold.
+    """
+    held: dict[str, torch.Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in homes(model).items():
+        before = computed.get(name)
+        if before is not None and torch.equal(before, tensor):
+            continue
+        tensor = tensor.data
+        if type(tensor) is not torch.Tensor or tensor.is_meta:
+            raise ConfigurationError(
+                f"vLLM holds {name!r} as a {type(tensor).__name__} on {tensor.device}, which a "
+                ".tensors file cannot hold.",
+                hint=_OTHER_LAYOUT,
+            )
+        if str(tensor.dtype).removeprefix("torch.") not in ITEM_SIZES:
+            raise ConfigurationError(
+                f"vLLM holds {name!r} as {tensor.dtype}, which a .tensors file cannot hold.",
+                hint=_OTHER_LAYOUT,
+            )
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        held[name] = tensor
+    return held
+
+
+def plain_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, in order: its own memory where that is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

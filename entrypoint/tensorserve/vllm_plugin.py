@@ -1,4 +1,5 @@
-"""What vLLM calls in each of its processes: here its load format `tensorizer` becomes our loader.
+"""What vLLM calls in each of its processes: here its load format `tensorizer` becomes our loader,
+and `tensorserve-pack` the one of `pack --layout vllm`.
 
 `VLLM_PLUGINS`, vLLM's own list of the plugins that it may load, keeps it out where nobody wants it.
 `vllm_loader` holds what knows vLLM's internals.
@@ -11,6 +12,9 @@ def register() -> None:
     """Entry point of the group `vllm.general_plugins`; may be called more than once."""
     from vllm.model_executor.model_loader import register_model_loader
 
+    from tensorserve.engine_parameters import LOAD_FORMAT
     from tensorserve.vllm_loader import TensorserveLoader
+    from tensorserve.vllm_packing import PackLoader
 
     register_model_loader("tensorizer")(TensorserveLoader)
+    register_model_loader(LOAD_FORMAT)(PackLoader)

@@ -1,17 +1,19 @@
-"""Files in vLLM's own layout: one shard a rank, recognised by tensorizer's marker, loaded in place.
+"""Two real ranks: from a file each in vLLM's layout, ours or foreign, and from one that they share.
 
-A tiny random Llama: what is tested is where the bytes go, with two real ranks. The shards are cut
-here by the rules of vLLM's Llama (fused qkv and gate_up; columns and rows split between ranks).
+A tiny random Llama: what is tested is where the bytes go. The foreign shards are cut here by the
+rules of vLLM's Llama (fused qkv and gate_up; columns and rows split between ranks), ours by vLLM.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from running import BIN, Tensorserve, clean_environment, stock_vllm
+from s3server import S3Server
 from tensorizer import EncryptionParams, TensorSerializer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +49,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     return directory
 
 
+Answers = list[tuple[str, list[float]]]
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Answers:
+    """What stock vLLM answers with two ranks."""
+    stock = stock_vllm(tmp_path_factory.mktemp("stock"), tiny)
+    stock.command += ["--tensor-parallel-size", str(RANKS)]
+    stock.environment |= BINDING
+    with stock:
+        stock.wait_ready()
+        return stock.completions("model", PROMPTS)
+
+
 def shard(model: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
     """What `rank` of vLLM's Llama holds, under vLLM's names."""
 
@@ -76,7 +92,9 @@ def shard(model: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
     return held
 
 
-def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) -> None:
+def test_foreign_shards_in_vllms_layout_are_loaded_in_place(
+    tmp_path: Path, tiny: Path, wanted: Answers
+) -> None:
     """Two ranks, each its own encrypted file; the answers are those of stock vLLM."""
     from safetensors.torch import load_file
 
@@ -95,13 +113,6 @@ def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) 
         "tokenizer_config.json",
     ):
         (bundle / name).write_bytes((tiny / name).read_bytes())
-
-    stock = stock_vllm(tmp_path, tiny)
-    stock.command += ["--tensor-parallel-size", str(RANKS)]
-    stock.environment |= BINDING
-    with stock:
-        stock.wait_ready()
-        wanted = stock.completions("model", PROMPTS)
     environ = BINDING | {
         "TENSORSERVE_MODEL_URI": str(bundle),
         "TENSORSERVE_KEY": KEY.hex(),
@@ -117,7 +128,49 @@ def test_shards_in_vllms_layout_are_loaded_in_place(tmp_path: Path, tiny: Path) 
             assert copied == size
 
 
-def test_ranks_share_one_file_and_fetch_it_once(tmp_path: Path, tiny: Path, s3) -> None:
+def test_shards_that_pack_made_with_vllm_are_loaded_by_their_ranks(
+    tmp_path: Path, tiny: Path, wanted: Answers
+) -> None:
+    """`pack --tensor-parallel-size 2`, encrypted: each rank reads its own file, and only that.
+    Another engine than that of the bundle is refused before vLLM is started."""
+    bundle, key_file = tmp_path / "bundle", tmp_path / "key"
+    words = [str(BIN / "tensorserve"), "pack", str(tiny), str(bundle)]
+    words += ["--tensor-parallel-size", str(RANKS), "--encrypt", "--key-file", str(key_file)]
+    packed = subprocess.run(
+        words, env=clean_environment(), check=False, capture_output=True, text=True
+    )
+    assert packed.returncode == 0, packed.stderr
+    assert "in 2 files, encrypted" in packed.stdout
+    settings = {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY_FILE": str(key_file)}
+    for ranks, dtype, said in (
+        ("1", "auto", "tensor-parallel size: the bundle has 2, this start 1"),
+        ("2", "float16", "dtype: the bundle has bfloat16, this start float16"),
+    ):
+        flags = {
+            "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": ranks,
+            "TENSORSERVE_VLLM_DTYPE": dtype,
+        }
+        with Tensorserve(tmp_path, settings | flags) as refused:
+            assert refused.process is not None
+            assert refused.process.wait(60) == 78
+            assert said in refused.text
+            assert not [e for e in refused.events() if e.get("phase") == "import"]
+        shutil.rmtree(refused.state_dir)
+    settings["TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE"] = str(RANKS)
+    with Tensorserve(tmp_path, BINDING | settings) as engine:
+        engine.wait_ready()
+        assert engine.completions("model", PROMPTS) == wanted
+        events = engine.events()
+    whole = (tiny / "model.safetensors").stat().st_size
+    for rank in range(RANKS):
+        (plan,) = [e for e in events if e["event"] == "load_plan" and e["rank"] == rank]
+        # Its half, and the norms.
+        assert 0.49 * whole < plan["bytes"] < 0.55 * whole
+
+
+def test_ranks_share_one_file_and_fetch_it_once(
+    tmp_path: Path, tiny: Path, wanted: Answers, s3: S3Server
+) -> None:
     """Hugging Face layout on S3: both ranks read all of it, over the network it comes once."""
     s3.make_bucket("models")
     uri = "s3://models/tiny"
@@ -126,12 +179,6 @@ def test_ranks_share_one_file_and_fetch_it_once(tmp_path: Path, tiny: Path, s3) 
     subprocess.run(
         [*words, "--key-file", str(key_file)], env=clean_environment() | s3.environment, check=True
     )
-    stock = stock_vllm(tmp_path, tiny)
-    stock.command += ["--tensor-parallel-size", str(RANKS)]
-    stock.environment |= BINDING
-    with stock:
-        stock.wait_ready()
-        wanted = stock.completions("model", PROMPTS)
     settings = {
         "TENSORSERVE_MODEL_URI": uri,
         "TENSORSERVE_KEY_FILE": str(key_file),

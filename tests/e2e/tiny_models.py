@@ -41,6 +41,14 @@ def llama(directory: Path, tokenizer: Path, dtype: torch.dtype, *, tied: bool) -
     return _save(LlamaForCausalLM, config, directory, tokenizer, dtype)
 
 
+def wrongly_tied(directory: Path, tokenizer: Path) -> Path:
+    """A head of its own, which config.json denies: fine-tuning tools leave such directories."""
+    llama(directory, tokenizer, torch.bfloat16, tied=False)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    return directory
+
+
 def mixture_of_experts(directory: Path, tokenizer: Path, dtype: torch.dtype) -> Path:
     """A Qwen3-MoE: eight experts a layer, two for each token."""
     config = Qwen3MoeConfig(

@@ -41,35 +41,65 @@ KINDS = {
         )
     ),
     "quantized-w8a8": Kind(tiny_models.quantized),
+    "head-of-its-own-denied-by-config": Kind(tiny_models.wrongly_tied),
     "float16-tied": Kind(_llama(torch.float16, tied=True)),
     # The weights are converted on their way into the model.
     "float32-untied-as-bfloat16": Kind(_llama(torch.float32, tied=False), "bfloat16"),
 }
 
 
-def pack(model: Path, base: Path) -> dict[str, str]:
+def pack(model: Path, base: Path, layout: str = "hf") -> dict[str, str]:
     """The settings that serve `model`, packed and encrypted as a user would."""
-    bundle, key = base / "bundle", base / "key"
-    assert tensorserve(["pack", str(model), str(bundle), "--encrypt", "--key-file", str(key)]) == 0
+    bundle, key = base / f"bundle-{layout}", base / "key"
+    words = ["pack", str(model), str(bundle), "--encrypt", "--key-file", str(key)]
+    assert tensorserve([*words, "--layout", layout]) == 0
     return {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY_FILE": str(key)}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_answers_equal_those_of_stock_vllm(tmp_path: Path, model_dir: Path, name: str) -> None:
-    """Text and log-probabilities, to the last bit."""
+    """Text and log-probabilities, to the last bit, from both layouts."""
     kind = KINDS[name]
     model = kind.make(tmp_path / "model", model_dir)
-    settings = pack(model, tmp_path)
     stock = stock_vllm(tmp_path, model)
+    dtype = {}
     if kind.dtype:
         stock.command += ["--dtype", kind.dtype]
-        settings["TENSORSERVE_VLLM_DTYPE"] = kind.dtype
+        dtype["TENSORSERVE_VLLM_DTYPE"] = kind.dtype
     with stock:
         stock.wait_ready()
         wanted = stock.completions("model", PROMPTS)
+    for layout in ("hf", "vllm"):
+        with Tensorserve(tmp_path, pack(model, tmp_path, layout) | dtype) as engine:
+            engine.wait_ready()
+            assert engine.completions("model", PROMPTS) == wanted, layout
+
+
+def test_an_engine_that_only_vllm_can_tell_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    """Layout vllm, and another model class by a flag of vLLM's: the loader notices, with 78."""
+    model = tiny_models.llama(tmp_path / "model", model_dir, torch.bfloat16, tied=True)
+    settings = pack(model, tmp_path, "vllm") | {"TENSORSERVE_VLLM_MODEL_IMPL": "transformers"}
     with Tensorserve(tmp_path, settings) as engine:
-        engine.wait_ready()
-        assert engine.completions("model", PROMPTS) == wanted
+        assert engine.process is not None
+        assert engine.process.wait(120) == 78
+        assert "model class: the bundle has LlamaForCausalLM, this start Transformers" in (
+            engine.text
+        )
+
+
+def test_a_model_that_vllm_does_not_know_is_not_packed(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM's own reason comes first; nothing is left."""
+    model = tiny_models.llama(tmp_path / "model", model_dir, torch.bfloat16, tied=True)
+    config = (model / "config.json").read_text().replace('"LlamaForCausalLM"', '"NoSuchModel"')
+    (model / "config.json").write_text(config)
+    words = ["pack", str(model), str(tmp_path / "to" / "bundle"), "--layout", "vllm"]
+    assert tensorserve(words) == 78
+    said = capsys.readouterr().err
+    (first,) = [line for line in said.splitlines() if "vLLM could not build the model" in line]
+    assert "Model architectures ['NoSuchModel'] are not supported" in first
+    assert list((tmp_path / "to").iterdir()) == []
 
 
 def test_a_real_embedding_model_gives_the_same_vectors(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_pack_needs_a_key_to_encrypt_with(capsys: pytest.CaptureFixture[str]) ->
     assert "Add --encrypt" in capsys.readouterr().err
 
 
+def test_pack_has_files_for_ranks_in_one_layout_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """The other holds the checkpoint, which fits any number of ranks as it is."""
+    assert main(["pack", "a", "b", "--layout", "hf", "--tensor-parallel-size", "2"]) == 64
+    assert "serves any size" in capsys.readouterr().err
+    assert main(["pack", "a", "b", "--tensor-parallel-size", "0"]) == 64
+    assert main(["pack", "a", "b", "--layout", "other"]) == 64
+
+
 @pytest.mark.usefixtures("environ")
 def test_plan_is_readable_by_programs(capsys: pytest.CaptureFixture[str]) -> None:
     """And takes vLLM's arguments after `--`."""

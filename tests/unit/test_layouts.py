@@ -7,7 +7,7 @@ import pytest
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.format.records import KIND_BUFFER, KIND_PARAMETER, KIND_STATE_DICT
-from tensorserve.layouts import check_layout, is_vllm_layout, loadable
+from tensorserve.layouts import check_layout, has_head, is_vllm_layout, loadable
 
 MARKER = ".vllm_tensorized_marker"
 
@@ -48,6 +48,14 @@ def test_computed_buffers_and_the_marker_are_left_out() -> None:
         )
     )
     assert [r.name for r in found] == ["model.layers.0.weight"]
+
+
+def test_a_head_is_known_by_its_name() -> None:
+    """As vLLM knows it; what vLLM's own writer stored is not a checkpoint."""
+    head = record("language_model.lm_head.weight")
+    assert has_head(index(head))
+    assert not has_head(index(record("model.norm.weight")))
+    assert not has_head(index(head, record(MARKER, meta=True)))
 
 
 def test_only_buffers_are_left_out() -> None:

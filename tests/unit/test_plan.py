@@ -127,6 +127,34 @@ def test_shards_are_one_file_a_rank() -> None:
     assert plan.shards("model.tensors") == ("model.tensors",)
 
 
+@pytest.mark.parametrize(
+    ("environ", "arguments", "engine"),
+    [
+        ({}, (), {"pipeline_parallel_size": 1, "expert_parallel": False}),
+        (
+            {"TENSORSERVE_VLLM_DTYPE": "auto"},
+            ("-pp", "2", "-ep"),
+            {"pipeline_parallel_size": 2, "expert_parallel": True},
+        ),
+        (
+            {"TENSORSERVE_VLLM_DTYPE": "half", "TENSORSERVE_VLLM_ENABLE_EXPERT_PARALLEL": "true"},
+            (),
+            {"pipeline_parallel_size": 1, "expert_parallel": True, "dtype": "float16"},
+        ),
+        (
+            {"TENSORSERVE_VLLM_DTYPE": "half"},
+            ("--dtype=bfloat16",),
+            {"pipeline_parallel_size": 1, "expert_parallel": False, "dtype": "bfloat16"},
+        ),
+    ],
+)
+def test_what_the_flags_say_of_the_engine(
+    environ: dict[str, str], arguments: tuple[str, ...], engine: dict[str, object]
+) -> None:
+    """In the words of a bundle's fingerprint; what vLLM decides is not in it."""
+    assert dict(plan_of(environ, *arguments).engine) == engine
+
+
 def test_the_description_holds_no_secret() -> None:
     """It is printed, and pasted into tickets."""
     environ = URI | {

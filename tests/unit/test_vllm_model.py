@@ -47,6 +47,14 @@ def test_a_file_in_vllms_layout_is_copied_in_place(loader: Any) -> None:
     assert torch.equal(model.scale, torch.ones(1))
 
 
+def test_two_tensors_for_one_memory_are_refused_where_each_comes_once(loader: Any) -> None:
+    """What `pack` wrote untied must not meet a tied model: the last one would win in silence."""
+    both = {"embed": torch.ones(2, 2), "head": torch.zeros(2, 2), "norm": torch.ones(2)}
+    loader.copy_in_place(Tied(), iter(both.items()))
+    with pytest.raises(ConfigurationError, match="'head' for itself"):
+        loader.copy_in_place(Tied(), iter(both.items()), once=True)
+
+
 def test_buffers_of_no_state_dict_are_taken_too(loader: Any) -> None:
     """vLLM's own writer stores them: the tables of rotary embeddings."""
     model = Tied()
@@ -112,3 +120,41 @@ def test_pages_are_found_in_advance_and_values_stay(loader: Any) -> None:
     loader.populate_soon(model, frozenset(os.sched_getaffinity(0))).join(30)
     assert torch.equal(model.large, torch.arange(300_000.0))
     assert torch.equal(model.turned, torch.ones(200, 300))
+
+
+def test_what_a_rank_holds_comes_once_and_without_what_is_computed(loader: Any) -> None:
+    """Tied parameters under one name; buffers of no state dict only if the checkpoint set them."""
+    model = Tied()
+    before = loader.computed_buffers(model)
+    assert list(before) == ["table"]
+    assert set(loader.held_tensors(model, before)) == {"embed", "norm", "scale"}
+    model.table.fill_(7)
+    held = loader.held_tensors(model, before)
+    assert set(held) == {"embed", "norm", "scale", "table"}
+    again = Tied()
+    loader.copy_in_place(again, iter(held.items()))
+    assert torch.equal(again.table, model.table)
+
+
+def test_what_no_file_can_hold_is_refused_by_name(loader: Any) -> None:
+    """A parameter that never got data."""
+    model = Tied()
+    model.norm = nn.Parameter(torch.zeros(2, device="meta"))
+    with pytest.raises(ConfigurationError, match="'norm' as a Tensor on meta"):
+        loader.held_tensors(model, loader.computed_buffers(model))
+
+
+def test_the_bytes_of_a_tensor_are_those_of_its_values_in_order(loader: Any) -> None:
+    """However it lies in memory; a scalar too."""
+    values = torch.arange(6, dtype=torch.int16).reshape(2, 3)
+    assert (
+        bytes(loader.plain_bytes(values.t()).tolist()) == values.t().contiguous().numpy().tobytes()
+    )
+    assert loader.plain_bytes(torch.tensor(1.0)).shape == (4,)
+
+
+def test_a_second_name_for_filled_memory_is_another_models(loader: Any) -> None:
+    """Tied here, untied where it was packed: the second would overwrite the first."""
+    two = iter([("embed", torch.ones(2, 2)), ("head", torch.zeros(2, 2)), ("norm", torch.ones(2))])
+    with pytest.raises(ConfigurationError, match="'head' for itself"):
+        loader.copy_in_place(Tied(), two, once=True)

@@ -1,0 +1,217 @@
+"""How does `pack --layout vllm` get each rank's parameters, without vLLM in its own process?
+
+A process beside this one builds the model with vLLM (vllm_packing.py). Each of its ranks connects
+back over a local socket, says what it holds, and sends the bytes that it is asked for: key, cipher
+and destination stay here. Messages are JSON or plain bytes; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tensorserve import vllm_flags
+from tensorserve.child_environment import child_environment
+from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
+from tensorserve.fingerprint import Fingerprint
+from tensorserve.format import TensorSpec
+from tensorserve.packing_sources import Read, TensorsSource
+from tensorserve.preflight import check_shared_memory
+
+# number of the tensor, first byte, bytes
+REQUEST = struct.Struct("<IQQ")
+LOAD_FORMAT = "tensorserve-pack"
+_POLL_SECONDS = 0.5
+_END_SECONDS = 60
+_STOP_SECONDS = 10
+_SHOWN_LINES, _SHOWN_CHARACTERS = 15, 300
+# The second form is pydantic's, in the line below its exception.
+_EXCEPTION = re.compile(r"(\b(?:[A-Z]\w*(?:Error|Exception)|Exception): .+|Value error, .+)$")
+_SEE_ABOVE = re.compile(r"initialization failed|See (?:stack trace|root cause)", re.IGNORECASE)
+
+
+@contextmanager
+def engine_parameters(
+    source: Path, dtype: str | None, ranks: int
+) -> Iterator[tuple[Fingerprint, list[TensorsSource]]]:
+    """(what engine, the parameters of each of its `ranks` tensor-parallel ranks).
+
+    `source` is a Hugging Face directory or a safetensors file in one, `dtype` vLLM's flag. What it
+    gives can be read until the context ends; until then vLLM holds the model. Raises
+    ConfigurationError where vLLM is missing or cannot build the model, and what a rank says is
+    wrong with the checkpoint.
+    """
+    _require_vllm()
+    if ranks > 1:
+        check_shared_memory()  # the ranks' queues; less ends in SIGBUS
+    with tempfile.TemporaryDirectory(prefix="tensorserve-pack-") as directory:
+        log = Path(directory, "vllm.log")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{directory}/ranks")
+            listener.listen(ranks)
+            listener.settimeout(_POLL_SECONDS)
+            process = _start(source, dtype, ranks, f"{directory}/ranks", log)
+            connections: list[Connection] = []
+            try:
+                offers = _offers(listener, process, log, ranks, connections)
+                yield (
+                    Fingerprint.from_json(offers[0][1]["fingerprint"]),
+                    [_source(connection, offer) for connection, offer in offers],
+                )
+                # All at once: a rank that goes on would wait for the others.
+                for connection in connections:
+                    connection.close()
+                # It ends by itself, and removes what it has in shared memory.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_SECONDS)
+            finally:
+                stop(process)
+                for connection in connections:
+                    connection.close()
+
+
+def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM sees of `environ` while it builds the model."""
+    # As when vLLM serves, the secrets of this shell are not its own. Nothing is looked up at a hub:
+    # the directory has it all.
+    environment = dict(child_environment(environ, None)) | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # The CPU build would want a NUMA node for each rank.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if "VLLM_PLUGINS" in environment:  # all that it may load: the load format is ours
+        environment["VLLM_PLUGINS"] += ",tensorserve"
+    return environment
+
+
+def _require_vllm() -> None:
+    try:
+        version = metadata.version("vllm")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigurationError(
+            "--layout vllm needs vLLM, which is not installed here.",
+            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}, or leave --layout out: layout "
+            "'hf' needs none and fits any parallelism.",
+        ) from error
+    if version.partition("+")[0] != vllm_flags.VLLM_VERSION:
+        raise ConfigurationError(
+            f"vLLM {version} is installed; this release is made for {vllm_flags.VLLM_VERSION}.",
+            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}",
+        )
+
+
+def _start(
+    source: Path, dtype: str | None, ranks: int, address: str, log: Path
+) -> subprocess.Popen[bytes]:
+    directory = source if source.is_dir() else source.parent
+    given = {
+        "model": str(directory.resolve()),
+        "source": str(source.absolute()),
+        "dtype": dtype,
+        "ranks": ranks,
+        "address": address,
+    }
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tensorserve.vllm_packing", json.dumps(given)],
+            env=vllm_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Ended by us, workers included; Ctrl-C is ours to hear.
+            start_new_session=True,
+        )
+
+
+def _offers(
+    listener: socket.socket,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    ranks: int,
+    connections: list[Connection],
+) -> list[tuple[Connection, dict[str, Any]]]:
+    """What each rank holds, by rank; fills `connections` too, which the caller closes."""
+    offers: dict[int, tuple[Connection, dict[str, Any]]] = {}
+    while len(offers) < ranks:
+        try:
+            accepted, _ = listener.accept()
+        except TimeoutError:
+            if process.poll() is not None:
+                raise _failed(log) from None
+            continue
+        connection = Connection(accepted.detach())
+        connections.append(connection)
+        try:
+            offer = json.loads(connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise _failed(log) from error
+        if said := offer.get("error"):
+            kind = CorruptError if said["kind"] == "CorruptError" else ConfigurationError
+            raise kind(said["message"], hint=said["hint"])
+        offers[offer["rank"]] = (connection, offer)
+    return [offers[rank] for rank in range(ranks)]
+
+
+def _source(connection: Connection, offer: dict[str, Any]) -> TensorsSource:
+    specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in offer["tensors"])
+    numbers = {spec.name: number for number, spec in enumerate(specs)}
+
+    def read(name: str, start: int, buffer: memoryview) -> None:
+        try:
+            connection.send_bytes(REQUEST.pack(numbers[name], start, len(buffer)))
+            sent = connection.recv_bytes_into(buffer)
+        except (EOFError, OSError) as error:
+            raise TensorserveError(f"vLLM ended while {name!r} was read from it.") from error
+        if sent != len(buffer):
+            raise TensorserveError(f"vLLM sent {sent} bytes of {name!r}, not {len(buffer)}.")
+
+    @contextmanager
+    def reading() -> Iterator[Read]:
+        yield read
+
+    return TensorsSource(specs, reading)
+
+
+def _failed(log: Path) -> ConfigurationError:
+    printed = log.read_text(errors="replace").splitlines()
+    lines = [line[:_SHOWN_CHARACTERS] for line in printed if line.strip()]
+    said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
+    return ConfigurationError(
+        f"vLLM could not build the model: {_reason(lines)}\n{said}\n",
+        hint="Does `vllm serve` take this model on this machine, with this "
+        "--tensor-parallel-size? Layout 'hf' needs no vLLM.",
+    )
+
+
+def _reason(lines: list[str]) -> str:
+    """The last exception in vLLM's output that says more than "see above"."""
+    found = [match[1] for line in lines if (match := _EXCEPTION.search(line))]
+    telling = [text for text in found if not _SEE_ABOVE.search(text)]
+    return (telling or found or ["it ended."])[-1]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends vLLM, if it still runs, first as asked, then by force; and all of its ranks."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    # A rank that waits for one that is gone waits for ever, and does not hear SIGTERM.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,108 @@
+"""Does an engine hold its parameters as the one did from which a bundle of layout `vllm` was taken?
+
+Names, shapes and meaning of vLLM's parameters depend on all that stands here. What is not in it
+(padding for one kind of GPU, say) shows as a shape that does not fit, when the file is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tensorserve.errors import ConfigurationError
+
+# Tensor names and shapes as a Hugging Face checkpoint has them (what vLLM's load_weights() takes),
+# or each rank's parameters as vLLM holds them.
+HF, VLLM = LAYOUTS = ("hf", "vllm")
+# When the parameters were taken: filled by the checkpoint, not yet changed for kernels.
+STAGE = "before post-processing"
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The engine of a bundle in layout `vllm`."""
+
+    vllm: str  # version without what follows "+" (which names the build)
+    device: str  # "cpu" or "cuda"
+    architecture: str  # vLLM's model class
+    dtype: str  # "bfloat16"
+    quantization: str  # vLLM's name for it, or "none"
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    expert_parallel: bool
+    stage: str = STAGE
+
+    def __str__(self) -> str:
+        return (
+            f"vLLM {self.vllm}, {self.architecture}, {self.dtype}, {self.device}, "
+            f"{self.ranks} rank(s)"
+        )
+
+    @property
+    def ranks(self) -> int:
+        """How many files there are."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def to_json(self) -> dict[str, Any]:
+        """As in manifest.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: object) -> Fingerprint:
+        """The reverse. Raises ValueError where a field is missing or of another type."""
+        if not isinstance(document, Mapping):
+            raise ValueError("its fingerprint is not an object")
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = document.get(field.name)
+            # By name: annotations are texts here. (A bool is an int in Python, not in JSON.)
+            if type(value).__name__ != field.type:
+                raise ValueError(f"{field.name!r} of its fingerprint is not a {field.type}")
+            values[field.name] = value
+        made = cls(**values)
+        if min(made.tensor_parallel_size, made.pipeline_parallel_size) < 1:
+            raise ValueError("its fingerprint has a parallel size below 1")
+        return made
+
+
+# What a user would call each field, and the flag that sets it for a start.
+_WORDS = {
+    "vllm": ("vLLM", None),
+    "device": ("device", None),
+    "architecture": ("model class", None),
+    "dtype": ("dtype", "DTYPE"),
+    "quantization": ("quantization", None),
+    "tensor_parallel_size": ("tensor-parallel size", "TENSOR_PARALLEL_SIZE"),
+    "pipeline_parallel_size": ("pipeline-parallel size", "PIPELINE_PARALLEL_SIZE"),
+    "expert_parallel": ("expert parallelism", "ENABLE_EXPERT_PARALLEL"),
+    "stage": ("parameters taken", None),
+}
+
+
+def check_fingerprint(packed: Fingerprint, here: Mapping[str, object]) -> None:
+    """Raises ConfigurationError, naming each difference, unless `here` is as the bundle wants it.
+
+    `here` has those fields of this start's engine that are known by now.
+    """
+    wanted, known = packed.to_json(), {"stage": STAGE} | dict(here)
+    differing = [name for name, value in known.items() if value != wanted[name]]
+    if not differing:
+        return
+    said = "; ".join(
+        f"{_WORDS[name][0]}: the bundle has {_shown(wanted[name])}, "
+        f"this start {_shown(known[name])}"
+        for name in differing
+    )
+    flags = {_WORDS[name][1]: _shown(wanted[name]) for name in differing}
+    as_packed = " and ".join(f"TENSORSERVE_VLLM_{flag}={value}" for flag, value in flags.items())
+    raise ConfigurationError(
+        f"The bundle holds vLLM's own parameters, of another engine than this start's. {said}.",
+        hint=("Pack" if None in flags else f"Set {as_packed}, or pack")
+        + " the model again for this engine; `tensorserve pack --layout hf` makes a bundle that "
+        "fits any.",
+    )
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

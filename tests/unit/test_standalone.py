@@ -1,0 +1,109 @@
+"""llm_kwargs: settings as arguments and from the environment, and all that it refuses by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tensorserve import llm_kwargs
+from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, WrongKeyError
+from tensorserve.packing import pack
+from tensorserve.secret import Secret
+from tensorserve.sources import Access
+from tensorserve.standalone import handed_over_start
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one, encrypted with KEY."""
+    directory = tmp_path_factory.mktemp("llm")
+    (directory / "hf").mkdir()
+    save_file({"model.norm.weight": torch.ones(16)}, directory / "hf" / "model.safetensors")
+    (directory / "hf" / "config.json").write_text("{}")
+    (directory / "hf" / "tokenizer.json").write_text("{}")
+    pack(directory / "hf", str(directory / "b"), access=Access(), key=Secret(KEY))
+    return directory / "b"
+
+
+def started(kwargs: dict[str, Any]) -> Any:
+    """The start that the loader finds in what `LLM` is given."""
+    return handed_over_start(kwargs["model_loader_extra_config"], {})
+
+
+def test_arguments_win_over_the_environment(bundle: Path) -> None:
+    """What is not given comes from there."""
+    environ = {
+        "TENSORSERVE_KEY": KEY.hex(),
+        "TENSORSERVE_FETCH_CONNECTIONS": "3",
+        "TENSORSERVE_VERIFY": "auto",
+    }
+    kwargs = llm_kwargs(str(bundle), verify="hashes", environ=environ)
+    settings = started(kwargs).settings
+    assert (settings.fetch_connections, settings.verify) == (3, "hashes")
+    assert settings.key.reveal_text() == KEY.hex()
+    assert kwargs["load_format"] == "tensorizer"
+    names = {path.name for path in Path(kwargs["model"]).iterdir()}
+    assert names == {"config.json", "tokenizer.json"}
+
+
+def test_the_model_may_come_from_the_environment_too(bundle: Path) -> None:
+    """All of it."""
+    environ = {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY": KEY.hex()}
+    assert started(llm_kwargs(environ=environ)).shards[0].uri == f"{bundle}/model.tensors"
+
+
+def test_a_key_may_be_given_as_bytes_or_as_a_file(bundle: Path, tmp_path: Path) -> None:
+    """It stands in nothing that vLLM gets or prints."""
+    (tmp_path / "key").write_bytes(KEY)
+    for given in ({"key": KEY}, {"key": KEY.hex()}, {"key_file": tmp_path / "key"}):
+        kwargs = llm_kwargs(str(bundle), environ={}, **given)
+        assert KEY.hex() not in str(kwargs)
+        assert KEY not in b"".join(p.read_bytes() for p in Path(kwargs["model"]).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "kind", "said"),
+    [
+        ({"key": bytes(32)}, {}, WrongKeyError, "does not open"),
+        ({}, {}, ConfigurationError, "encrypted"),
+        ({"key": KEY, "fetch_connection": 2}, {}, ConfigurationError, "Did you mean"),
+        ({"key": KEY, "passphrase": "x"}, {}, ConfigurationError, "Both a key and a passphrase"),
+        ({"key": KEY}, {"TENSORSERVE_VLLM_DTYPE": "half"}, ConfigurationError, "tensorserve serve"),
+    ],
+)
+def test_mistakes_are_said_before_vllm_is_there(
+    bundle: Path,
+    given: dict[str, Any],
+    environ: dict[str, str],
+    kind: type[TensorserveError],
+    said: str,
+) -> None:
+    """Not after half a minute of imports."""
+    with pytest.raises(kind) as caught:
+        llm_kwargs(str(bundle), environ=environ, **given)
+    assert said in str(caught.value)
+
+
+def test_a_directory_without_a_model_is_said(tmp_path: Path) -> None:
+    """Where it was looked for."""
+    with pytest.raises(CorruptError, match=r"model\.tensors"):
+        llm_kwargs(str(tmp_path), environ={})
+
+
+def test_nothing_of_vllm_is_imported(bundle: Path) -> None:
+    """The caller's own settings of vLLM's environment still count afterwards."""
+    script = f"""
+import sys
+from tensorserve import llm_kwargs
+llm_kwargs({str(bundle)!r}, key={KEY!r}, environ={{}})
+assert "vllm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
