@@ -17,6 +17,7 @@ import pytest
 from running import request
 from s3server import free_ports
 
+from tensorserve import __version__
 from tensorserve.cli import main as tensorserve
 
 IMAGE = os.environ.get("TENSORSERVE_TEST_IMAGE", "localhost/tensorserve:cpu")
@@ -54,6 +55,12 @@ def run(*words: str, environ: dict[str, str] | None = None, timeout: float = 60)
     )
 
 
+def complaints(log: str) -> list[str]:
+    """The lines of a log that are ours and warn or tell of an error; vLLM's lines are vLLM's."""
+    ours = [line for line in log.splitlines() if re.search(r"(^|\s)tensorserve( \w+)?:", line)]
+    return [line for line in ours if re.search("warning|error", line, re.IGNORECASE)]
+
+
 class Container:
     """One container, started in the background; removed at the end."""
 
@@ -74,8 +81,20 @@ class Container:
         assert done.returncode == 0, done.stderr
         return self
 
-    def __exit__(self, *_: object) -> None:
-        subprocess.run([ENGINE, "rm", "--force", self.name], check=False, capture_output=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # Whatever a test looks at: a warning or error of ours in the log fails it.
+            if kind is None:
+                assert complaints(self.log) == []
+        finally:
+            subprocess.run([ENGINE, "rm", "--force", self.name], check=False, capture_output=True)
+
+    def python(self, program: str) -> str:
+        """What a Python program prints that runs inside the container."""
+        words = [ENGINE, "exec", self.name, "python", "-c", program]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     @property
     def log(self) -> str:
@@ -155,7 +174,7 @@ def test_the_log_holds_no_warning_or_error_of_ours(served: Container) -> None:
     """Nothing to explain away; vLLM's own lines are vLLM's."""
     ours = [line for line in served.log.splitlines() if line.startswith("tensorserve")]
     assert any("ready after" in line for line in ours), served.log
-    assert [line for line in ours if "warning" in line.lower() or "error" in line.lower()] == []
+    assert complaints(served.log) == []
     assert "Traceback" not in served.log
 
 
@@ -171,6 +190,53 @@ def test_it_does_not_run_as_root(served: Container) -> None:
     assert fields["Uid"].split()[0] == "123456"
     assert int(fields["CapEff"], 16) == 0
     assert fields["NoNewPrivs"] == "1"
+
+
+def test_no_process_may_dump_core(served: Container) -> None:
+    """A core file would hold the key and the weights in plain text."""
+    program = (
+        "import pathlib\n"
+        "for p in pathlib.Path('/proc').glob('[0-9]*'):\n"
+        "    if b'vllm' in (p / 'cmdline').read_bytes().lower():\n"
+        "        limits = (p / 'limits').read_text().splitlines()\n"
+        "        print([x for x in limits if 'core file' in x][0].split()[4:6])\n"
+    )
+    limits = served.python(program).splitlines()
+    assert len(limits) >= 2
+    assert set(limits) == {"['0', '0']"}
+
+
+def test_pid_1_reaps_what_others_leave_behind(served: Container) -> None:
+    """An orphan becomes PID 1's child when its parent ends; it leaves no zombie."""
+    program = (
+        "import os, time\n"
+        "read, write = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    orphan = os.fork()\n"
+        "    if orphan == 0:\n"
+        "        while os.getppid() != 1: time.sleep(0.01)\n"
+        "        os._exit(0)\n"
+        "    os.write(write, str(orphan).encode())\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "orphan = os.read(read, 20).decode()\n"
+        "deadline = time.monotonic() + 20\n"
+        "while os.path.exists('/proc/' + orphan) and time.monotonic() < deadline:\n"
+        "    time.sleep(0.05)\n"
+        "print(os.path.exists('/proc/' + orphan))\n"
+    )
+    assert served.python(program).strip() == "False"
+
+
+def test_the_labels_say_what_the_image_is() -> None:
+    """The version is the package's; the base is the one it was built on."""
+    words = [ENGINE, "image", "inspect", "--format", "{{json .Config.Labels}}", IMAGE]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    labels = json.loads(done.stdout)
+    prefix = "org.opencontainers.image."
+    assert labels[prefix + "version"] == __version__
+    assert labels[prefix + "licenses"] == "Apache-2.0"
+    assert labels[prefix + "base.name"]
 
 
 def test_docker_stop_ends_it_in_order(served: Container) -> None:
@@ -264,6 +330,22 @@ def test_a_missing_bundle_ends_the_container_with_its_code() -> None:
     done = run(environ={"TENSORSERVE_MODEL_URI": "/nothing", "TENSORSERVE_METRICS_PORT": "9499"})
     assert done.returncode == 65, done.stderr
     assert "/nothing/model.tensors does not exist" in done.stderr
+
+
+def test_our_part_of_a_start_needs_no_shell(tmp_path: Path) -> None:
+    """With every shell out of the way, `up`, supervisord, the engine program and its code work."""
+    masked = tmp_path / "not-a-shell"
+    masked.touch(mode=0o644)
+    shells = ("/usr/bin/dash", "/usr/bin/bash")
+    mounts = [word for shell in shells for word in ("--volume", f"{masked}:{shell}:ro")]
+    command = [ENGINE, "run", "--rm", *HARDENED, *LOCAL, *mounts]
+    options = ["-e", "TENSORSERVE_MODEL_URI=/nothing", "-e", "TENSORSERVE_METRICS_PORT=9498"]
+    for words, code in ((["sh", "-c", "true"], 126), ([], 65)):
+        done = subprocess.run(
+            [*command, *options, IMAGE, *words],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize(
