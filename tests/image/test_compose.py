@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,19 +16,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from containers import complaints, needs_podman
+from queries import panels
 from running import request
 from s3server import free_ports
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "tensorserve-test"
-os.environ.setdefault("CONTAINERS_CONF", str(Path(__file__).with_name("containers.conf")))
 IMAGES = {
     "TENSORSERVE_CPU_IMAGE": "localhost/tensorserve:cpu",
     "TENSORSERVE_DEMO_IMAGE": "localhost/tensorserve:demo",
     "PROMETHEUS_IMAGE": "localhost/tensorserve-test-prometheus",
 }
 
-pytestmark = pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed")
+pytestmark = needs_podman
 
 
 class Stack:
@@ -118,18 +121,41 @@ def stack() -> Iterator[Stack]:
         yield running
 
 
-def test_the_published_port_answers_a_chat(stack: Stack) -> None:
-    """From an encrypted model, packed by the one-shot, in the stack's own S3 server."""
-    body = {
-        "model": "smollm2",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-        "max_tokens": 16,
-    }
-    url = f"http://127.0.0.1:{stack.api}/v1/chat/completions"
-    status, answer = request(url, json.dumps(body).encode())
+def test_the_published_port_answers_the_documented_request(stack: Stack) -> None:
+    """docs/compose.md's curl, from an encrypted model that the one-shot packed."""
+    page = (ROOT / "docs/compose.md").read_text()
+    (block,) = re.findall(
+        r"^    (curl -s http://127\.0\.0\.1:8000(?:.*\\\n)*.*)$", page, re.MULTILINE
+    )
+    words = shlex.split(block.replace("\\\n", " "))
+    url, body = words[2].replace(":8000", f":{stack.api}"), words[words.index("-d") + 1]
+    status, answer = request(url, body.encode())
     assert status == 200, answer
     assert "Paris" in json.loads(answer)["choices"][0]["message"]["content"]
+
+
+# What a start without trouble has nothing to show for. tests/config shows them after one with.
+EMPTY_WITHOUT_TROUBLE = {"Retries by reason", "Failures by reason"}
+
+
+def test_every_panel_of_the_dashboard_shows_this_start(stack: Stack) -> None:
+    """Its queries, run by the stack's Prometheus on what it scraped since the container began."""
+
+    def empty() -> set[str]:
+        return {
+            panel["title"]
+            for panel in panels()
+            for target in panel["targets"]
+            if not any(map(math.isfinite, stack.query(_for_this_start(target["expr"]))))
+        }
+
+    stack.wait(lambda: empty() <= EMPTY_WITHOUT_TROUBLE, "data in every panel", 60)
+
+
+def _for_this_start(expression: str) -> str:
+    for variable, value in (("$__rate_interval", "5m"), ("$instance", ".*"), ("$model", ".*")):
+        expression = expression.replace(variable, value)
+    return expression
 
 
 def test_prometheus_has_both_jobs_and_the_rules(stack: Stack) -> None:
@@ -148,8 +174,7 @@ def test_prometheus_has_both_jobs_and_the_rules(stack: Stack) -> None:
 def test_no_warning_or_error_of_ours_in_any_log(stack: Stack) -> None:
     """In the product and in the one-shot that packed."""
     for service in ("demo", "pack"):
-        ours = [line for line in stack.log(service).splitlines() if "tensorserve:" in line]
-        assert [line for line in ours if "warning" in line or "error" in line] == []
+        assert complaints(stack.log(service)) == []
         assert "Traceback" not in stack.log(service)
 
 
@@ -167,13 +192,38 @@ def test_secrets_are_only_in_the_demos_volume(stack: Stack) -> None:
     assert secret not in stack.log("demo")
 
 
+SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+
+
 def test_the_gpu_service_is_hardened_as_the_demo_is() -> None:
     """It cannot be run without a GPU; that it is hardened as the demo is can be seen."""
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    product, demo = services["tensorserve"], services["demo"]
+    product, demo = SERVICES["tensorserve"], SERVICES["demo"]
     for name in ("read_only", "cap_drop", "security_opt", "shm_size", "healthcheck", "ulimits"):
         assert product[name] == demo[name], name
     assert product["tmpfs"] == demo["tmpfs"]
-    (device,) = product["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu"]
+    assert product["shm_size"] == "1g"
+    assert product["healthcheck"]["test"] == ["CMD", "tensorserve", "health"]
+
+
+def test_the_gpu_service_has_gpus_limits_and_secrets_that_are_files() -> None:
+    """What compose gives a container that needs a GPU, and no secret in its environment."""
+    product = SERVICES["tensorserve"]
+    resources = product["deploy"]["resources"]
+    (device,) = resources["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert set(resources["limits"]) == {"memory", "pids"}
     assert product["secrets"] == ["model-key", "aws-credentials"]
+    for secret in product["secrets"]:
+        assert f"/run/secrets/{secret}" in product["environment"].values()
+    names = set(product["environment"])
+    assert names.isdisjoint({"TENSORSERVE_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"})
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_hardened_and_publishes_on_loopback_alone(name: str) -> None:
+    """Also those beside the product; who wants a port open says so."""
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all("-127.0.0.1:" in port for port in service.get("ports", []))
