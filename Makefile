@@ -39,7 +39,7 @@ test-unit: venv ## unit tests (a minute)
 test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 	@$(BIN)/python -m pytest tests/e2e --timeout 600
 
-# CI, which has 40 minutes for everything, runs one kind: make test-models ONLY=quantized.
+# Not in CI, which has 40 minutes for everything. One kind: make test-models ONLY=quantized.
 .PHONY: test-models
 test-models: venv ## each kind of model in both layouts, and bundles made by others, beside stock vLLM (30 minutes)
 	@$(BIN)/python -m pytest tests/models --timeout 600 $(if $(ONLY),-k "$(ONLY)")
