@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from running import CPU_ENVIRONMENT, Tensorserve, clean_environment
+from s3server import S3Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,9 +27,18 @@ def block_with(page: str, words: str) -> str:
     return found
 
 
-def test_use_it(tmp_path: Path, model_dir: Path, s3, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3Server]:
+    """One of its own: other pages pack to the same bucket and name."""
+    with S3Server(tmp_path / "s3") as server:
+        server.make_bucket("my-bucket")
+        yield server
+
+
+def test_use_it(
+    tmp_path: Path, model_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pack into a bucket with a fresh key, plan, check, serve: word for word."""
-    s3.make_bucket("my-bucket")
     (tmp_path / "my-model").symlink_to(model_dir)
     environment = clean_environment() | CPU_ENVIRONMENT | s3.environment
     environment["TENSORSERVE_STATE_DIR"] = str(tmp_path / "state")
