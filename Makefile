@@ -89,7 +89,7 @@ test-image: venv ## build the cpu image and run it as a user would (root; some m
 .PHONY: sbom
 sbom: venv ## list what is in the built images: docs/sbom/*.cdx.json
 	@PYTHON=$(BIN)/python docker/sbom tensorserve:cpu docs/sbom/cpu.cdx.json
-	@PYTHON=$(BIN)/python docker/sbom tensorserve:cuda docs/sbom/cuda.cdx.json
+	@PYTHON=$(BIN)/python docker/sbom tensorserve:latest docs/sbom/cuda.cdx.json
 
 .PHONY: lint
 lint: venv ## ruff (format and rules), mypy, and whether the made pages are fresh

@@ -10,6 +10,7 @@ from running import READY_SECONDS, Tensorserve
 
 from rangeserver import RangeServer
 from tensorserve.cli import main as tensorserve
+from tensorserve.telemetry.words import duration
 from unit.telemetry.telemetry_starts import wait_for
 
 pytestmark = needs_browser
@@ -55,4 +56,4 @@ def test_a_real_start_is_followed_from_the_checks_to_ready(
                 browser.screenshot(pictures / f"real-ready-{name}.png")
             seconds = engine.metric("tensorserve_startup_seconds")
             assert seconds is not None
-            assert ready[1].startswith(str(int(seconds)))
+            assert ready[1] == duration(seconds).replace("\u00a0", " ")
