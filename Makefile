@@ -50,9 +50,9 @@ test-config: venv ## Prometheus rules and dashboard on a real Prometheus
 	@$(BIN)/python -m pytest tests/config --timeout 120
 
 .PHONY: test-browser
-test-browser: venv ## the start-up page in a real browser
+test-browser: venv ## the start-up page in a real browser, one real start included
 	@docker/system-packages chromium chromedriver
-	@$(BIN)/python -m pytest tests/browser --timeout 120
+	@$(BIN)/python -m pytest tests/browser --timeout 600
 
 .PHONY: test-deploy
 test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
