@@ -29,7 +29,7 @@ from tensorserve.errors import ConfigurationError, CorruptError, TensorserveErro
 from tensorserve.fingerprint import Fingerprint
 from tensorserve.format import TensorSpec
 from tensorserve.packing_sources import Read, TensorsSource
-from tensorserve.preflight import check_shared_memory
+from tensorserve.preflight import check_shared_memory, check_vllm
 
 # number of the tensor, first byte, bytes
 REQUEST = struct.Struct("<IQQ")
@@ -101,18 +101,14 @@ def vllm_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _require_vllm() -> None:
     try:
-        version = metadata.version("vllm")
+        metadata.version("vllm")
     except metadata.PackageNotFoundError as error:
         raise ConfigurationError(
             "--layout vllm needs vLLM, which is not installed here.",
             hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}, or leave --layout out: layout "
             "'hf' needs none and fits any parallelism.",
         ) from error
-    if version.partition("+")[0] != vllm_flags.VLLM_VERSION:
-        raise ConfigurationError(
-            f"vLLM {version} is installed; this release is made for {vllm_flags.VLLM_VERSION}.",
-            hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}",
-        )
+    check_vllm()
 
 
 def _start(

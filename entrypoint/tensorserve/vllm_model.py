@@ -21,6 +21,7 @@ from tensorserve.linux import populate
 
 # Bytes; the kernel holds off others who change the process's memory for so long.
 _AT_ONCE = 8 * 1024**2
+_OTHER_LAYOUT = "Leave --layout out: layout 'hf' fits every model."
 
 
 def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thread:
@@ -30,7 +31,7 @@ def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thr
     for a page fault every 4 KiB, in the one thread that they run in, while processors are idle.
     """
     memories = [
-        parameter.data.view(-1).view(torch.uint8)
+        plain_bytes(parameter)
         for parameter in model.parameters()
         if parameter.device.type == "cpu" and parameter.is_contiguous() and parameter.numel()
     ]
@@ -45,9 +46,6 @@ def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thr
     thread = threading.Thread(target=run, name="tensorserve-populate", daemon=True)
     thread.start()
     return thread
-
-
-_OTHER_LAYOUT = "Leave --layout out: layout 'hf' fits every model."
 
 
 def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
@@ -120,7 +118,7 @@ def home(
         or tuple(target.shape) != record.shape
     ):
         return None  # what does not fit is said where it is copied
-    return target.data.view(-1).view(torch.uint8)
+    return plain_bytes(target)
 
 
 def copy_in_place(
