@@ -231,7 +231,7 @@ def document(status: Status) -> dict[str, Any]:
         "ready": status.ready,
         "reason": status.waiting_for,
         "progress": round(state.progress, 4),
-        "bytes": state.copied_bytes,
+        "bytes": state.arrived_bytes,
         "total_bytes": state.planned_bytes,
         "rate": round(state.rate(now)),
         "eta": None if eta is None else round(eta, 1),

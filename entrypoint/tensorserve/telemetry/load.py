@@ -12,6 +12,8 @@ STAGES = ("fetch", "decrypt", "copy")
 RATE_WINDOW = 5.0
 """Seconds over which a running load's rate is taken: long enough to even out single tensors,
 short enough that a stall shows."""
+# All has arrived, and is not in the model yet.
+_NEARLY = 0.99
 
 
 def number(value: object) -> float:
@@ -92,16 +94,34 @@ class RankLoad:
         return self.bytes("copy")
 
     @property
+    def arrived(self) -> int:
+        """Bytes that have come, into the model or on their way there.
+
+        The model takes whole tensors, in file order: over a slow link that many connections share,
+        most of the file may be here before the first tensor is complete.
+        """
+        return min(self.planned, max(self.bytes("fetch"), self.copied))
+
+    @property
     def ratio(self) -> float:
-        """Copied of planned bytes, 0 to 1."""
+        """Arrived of planned bytes, 0 to 1; 1 only when all of them are in the model."""
         if self.planned == 0:
             return 0.0 if self.done is None else 1.0
-        return min(1.0, self.copied / self.planned)
+        return progress_ratio(self.arrived, self.copied, self.planned)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are to come, or when all have: to go into the model."""
+        return max(0, self.planned - (self.arrived if self._coming else self.copied))
+
+    @property
+    def _coming(self) -> bool:
+        return self.arrived < self.planned
 
     def rate(self, now: float) -> float:
-        """Bytes a second into the model: over `RATE_WINDOW` while loading, afterwards the mean.
+        """Bytes a second that arrive: over `RATE_WINDOW` while loading, afterwards the mean.
 
-        Until the first (often the largest) tensor is in the model, it is the rate of the fetch.
+        When all have arrived, it is the rate at which the rest goes into the model.
         """
         if self.done is not None:
             return self.mean_rate(self.done)
@@ -112,7 +132,7 @@ class RankLoad:
             if sample[0] <= now - RATE_WINDOW:
                 base = sample
         elapsed = now - base[0]
-        gained = self.copied - base[2] if self.copied else self.bytes("fetch") - base[1]
+        gained = self.arrived - base[1] if self._coming else self.copied - base[2]
         return gained / elapsed if elapsed > 0 else 0.0
 
     def mean_rate(self, end: float) -> float:
@@ -121,9 +141,14 @@ class RankLoad:
         return self.copied / elapsed if elapsed > 0 else 0.0
 
     def _sample(self, moment: float) -> None:
-        self._samples.append((moment, self.bytes("fetch"), self.copied))
+        self._samples.append((moment, self.arrived, self.copied))
         while len(self._samples) > 2 and self._samples[1][0] <= moment - 2 * RATE_WINDOW:
             self._samples.popleft()
+
+
+def progress_ratio(arrived: int, copied: int, planned: int) -> float:
+    """How far a load of `planned` bytes is, 0 to 1; 1 only when all are in the model."""
+    return 1.0 if copied >= planned else min(_NEARLY, arrived / planned)
 
 
 def _counts(event: Event) -> Counter[str]:

@@ -87,13 +87,13 @@ def _load_metrics(status: Status) -> Iterator[Metric]:
     )
     progress = GaugeMetricFamily(
         "tensorserve_load_progress_ratio",
-        "Part of the rank's weights that is in the model, from 0 to 1.",
+        "Part of the rank's weights that has arrived, 0 to 1; 1 once all is in the model.",
         labels=["rank"],
         unit="ratio",
     )
     throughput = GaugeMetricFamily(
         "tensorserve_load_throughput_bytes_per_second",
-        "Weights copied a second: over the last 5 s while loading, the load's mean afterwards.",
+        "Weights that arrive a second: over the last 5 s while loading, afterwards the mean.",
         labels=["rank"],
         unit="bytes_per_second",
     )

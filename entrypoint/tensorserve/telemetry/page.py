@@ -168,10 +168,9 @@ def _loading(state: StartState, now: float) -> tuple[str, str, str]:
         words += f", {size(rate)}/s"
     if eta is not None:
         words += f", {_whole(eta)} left"
-    # The first tensor is often the largest: for a while data arrives and none is in the model.
-    fetched = sum(load.bytes("fetch") for load in state.ranks.values())
-    arrived = f": {size(fetched)} have arrived" if fetched else ""
-    return "working", words, _step(state) + arrived
+    # Tensors go into the model whole, and the first is often the largest.
+    copied = f": {size(state.copied_bytes)} are in the model" if state.copied_bytes else ""
+    return "working", words, _step(state) + copied
 
 
 def _step(state: StartState) -> str:
@@ -188,11 +187,11 @@ def _announcement(state: StartState, headline: str) -> str:
 def _loaded(state: StartState) -> str:
     if not state.planned_bytes:
         return "–"
-    copied, planned = size(state.copied_bytes), size(state.planned_bytes)
-    if copied == planned:
+    arrived, planned = size(state.arrived_bytes), size(state.planned_bytes)
+    if arrived == planned:
         return planned
     unit = planned[planned.index(NBSP) :]
-    return f"{copied.removesuffix(unit) if copied.endswith(unit) else copied} of {planned}"
+    return f"{arrived.removesuffix(unit) if arrived.endswith(unit) else arrived} of {planned}"
 
 
 def _percent(state: StartState) -> str:

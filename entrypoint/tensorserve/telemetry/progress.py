@@ -100,7 +100,7 @@ def describe(state: StartState, now: float) -> str:
     eta = state.eta(now)
     return (
         f"load {state.progress:4.0%}  "
-        f"{state.copied_bytes / GIB:.2f} of {state.planned_bytes / GIB:.2f} GiB  "
+        f"{state.arrived_bytes / GIB:.2f} of {state.planned_bytes / GIB:.2f} GiB  "
         f"{state.rate(now) / GIB:.2f} GiB/s  "
         f"ETA {'unknown' if eta is None else _clock(eta)}"
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tensorserve.telemetry.events import Event
-from tensorserve.telemetry.load import RankLoad, label, number
+from tensorserve.telemetry.load import RankLoad, label, number, progress_ratio
 
 PHASES = ("preflight", "artifacts", "import", "init", "load", "postprocess", "warmup")
 # Ends that somebody asked for: 0, SIGINT, SIGTERM.
@@ -134,11 +134,16 @@ class StartState:
         return sum(rank.copied for rank in self.ranks.values())
 
     @property
+    def arrived_bytes(self) -> int:
+        """Bytes that have come, into the model or on their way there, all ranks."""
+        return sum(rank.arrived for rank in self.ranks.values())
+
+    @property
     def progress(self) -> float:
-        """Copied of planned bytes, 0 to 1, all ranks."""
+        """Arrived of planned bytes, 0 to 1, all ranks; 1 only when all are in the model."""
         if self.planned_bytes == 0:
             return 1.0 if self.load_complete else 0.0
-        return min(1.0, self.copied_bytes / self.planned_bytes)
+        return progress_ratio(self.arrived_bytes, self.copied_bytes, self.planned_bytes)
 
     def rank_rate(self, rank: int, now: float) -> float:
         """Bytes a second of one rank; 0 where the engine has ended in the middle of its load."""
@@ -164,7 +169,7 @@ class StartState:
                 rate = self.rank_rate(rank, now)
                 if rate <= 0:
                     return None
-                longest = max(longest, max(0, load.planned - load.copied) / rate)
+                longest = max(longest, load.left / rate)
         return longest
 
     @property

@@ -78,7 +78,7 @@ def test_a_load_is_told_with_percent_rate_and_time_left() -> None:
     assert content["loaded"] == "1.26 of 3.00 GB"
     assert (content["rate"], content["left"], content["elapsed"]) == ("1.26 GB/s", "1 s", "32.0 s")
     assert (content["tone"], content["title"]) == ("working", "42 % loaded")
-    assert content["detail"] == "Step 5 of 7: 1.26 GB have arrived"
+    assert content["detail"] == "Step 5 of 7: 1.26 GB are in the model"
 
 
 def test_a_load_that_stands_still_is_told_so() -> None:

@@ -87,10 +87,20 @@ def test_a_stall_shows_as_no_rate_and_no_eta() -> None:
     assert state.last_advance == 132
 
 
-def test_before_the_first_tensor_is_in_the_model_the_rate_is_the_fetchs() -> None:
-    """A large first tensor must not look like a stall."""
+def test_before_the_first_tensor_is_in_the_model_a_load_advances_all_the_same() -> None:
+    """A large first tensor, over a slow link, must look neither like a stall nor like 0 %."""
     state = fold([*whole_start()[:10], progress(133, 0, fetch=400)])
-    assert (state.copied_bytes, state.rate(133)) == (0, 200)
+    assert (state.copied_bytes, state.arrived_bytes, state.progress) == (0, 400, 0.4)
+    assert (state.rate(133), state.eta(133)) == (200, 3)
+
+
+def test_what_has_arrived_and_is_not_in_the_model_is_not_the_end() -> None:
+    """The rest of the time is that of the copying."""
+    arrived = progress(133, 0, fetch=1000)
+    state = fold([*whole_start()[:10], arrived, progress(135, 400, fetch=1000)])
+    assert (state.arrived_bytes, state.progress) == (1000, 0.99)
+    assert (state.rate(135), state.eta(135)) == (100, 6)
+    assert fold([*whole_start()[:10], arrived, progress(135, 1000)]).progress == 1
 
 
 def test_after_the_load_the_rate_is_its_mean() -> None:
