@@ -32,6 +32,7 @@ from tensorserve.format.records import (
     FileIndex,
     TensorRecord,
 )
+from tensorserve.format.strips import STRIP_ALIGNMENT, StripOpener, opens_strips
 from tensorserve.format.writer import (
     CHUNK_BYTES,
     FilePlan,
@@ -48,12 +49,14 @@ __all__ = [
     "KIND_BUFFER",
     "KIND_PARAMETER",
     "KIND_STATE_DICT",
+    "STRIP_ALIGNMENT",
     "ChunkedCipher",
     "FileIndex",
     "FileKey",
     "FilePlan",
     "HashCheck",
     "PasswordHash",
+    "StripOpener",
     "TagMismatchError",
     "TensorHeader",
     "TensorRecord",
@@ -63,6 +66,7 @@ __all__ = [
     "nonce_at",
     "open_chunk",
     "open_tensor_chunk",
+    "opens_strips",
     "parse_header",
     "plan_file",
     "read_header",

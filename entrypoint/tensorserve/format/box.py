@@ -21,12 +21,21 @@ TAG_SIZE = 16
 _PACKAGE_HINT = "Install it: `apt-get install libsodium23` (Debian, Ubuntu)."
 
 
+class Strips(NamedTuple):
+    """A box that is opened in strips (strips.py): functions of secretbox.c, which explains them."""
+
+    begin: Any  # (state, nonce, key)
+    open: Any  # (state, hash, out, sealed, offset, length)
+    check: Any  # (state, hashes, lengths, count, tag) -> 0 where the tag fits
+
+
 class Box(NamedTuple):
     """An implementation of secretbox: two functions of C with libsodium's arguments."""
 
     name: str
     open: Any  # (out, sealed, tag, length, nonce, key) -> 0 where the tag fits
     seal: Any  # (out, tag, plain, length, nonce, key)
+    strips: Strips | None = None
 
 
 def sodium_box() -> Box:
@@ -47,7 +56,8 @@ def own_box() -> Box | None:
         return None
     if not library.box_supported():
         return None
-    box = _declared(Box("AVX-512", library.box_open, library.box_seal))
+    strips = Strips(library.box_begin, library.box_open_strip, library.box_check)
+    box = _declared(Box("AVX-512", library.box_open, library.box_seal, strips))
     # Once for each process, some microseconds: an emulated processor may promise what it cannot do.
     return box if _sample(box) == _sample(sodium_box()) else None
 
@@ -67,6 +77,18 @@ def _declared(box: Box) -> Box:
         *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_ulonglong),
         *(ctypes.c_char_p, ctypes.c_char_p),
     )
+    if box.strips is not None:
+        box.strips.begin.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+        box.strips.begin.restype = None
+        box.strips.open.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_uint64, ctypes.c_uint64),
+        )
+        box.strips.open.restype = None
+        box.strips.check.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64),
+            ctypes.c_char_p,
+        )
     return box
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.box import KEY_SIZE, NONCE_SIZE, TAG_SIZE, fastest_box, sodium
@@ -72,6 +72,16 @@ def _address(data: bytes | memoryview, flags: int) -> Iterator[int]:
         _release_buffer(ctypes.byref(view))
 
 
+def readable(data: bytes | memoryview) -> AbstractContextManager[int]:
+    """The address of `data`, for C that reads it. BufferError if it is not contiguous."""
+    return _address(data, _CONTIGUOUS)
+
+
+def writable(data: memoryview) -> AbstractContextManager[int]:
+    """The address of `data`, for C that writes it. BufferError if that is not allowed."""
+    return _address(data, _CONTIGUOUS_WRITABLE)
+
+
 def nonce_at(first: bytes, index: int) -> bytes:
     """The nonce of chunk ``index``: (first + index) mod 2^192, little-endian, 24 bytes."""
     number = int.from_bytes(first, "little") + index
@@ -93,10 +103,7 @@ def open_chunk(
         raise ValueError("key, nonce and tag must be of 32, 24 and 16 bytes")
     if ciphertext.nbytes != out.nbytes:
         raise ValueError(f"{ciphertext.nbytes} bytes do not fit {out.nbytes}")
-    with (
-        _address(ciphertext, _CONTIGUOUS) as source,
-        _address(out, _CONTIGUOUS_WRITABLE) as target,
-    ):
+    with readable(ciphertext) as source, writable(out) as target:
         failed = fastest_box().open(target, source, tag, ciphertext.nbytes, nonce, key)
     if failed:
         raise TagMismatchError("The authentication tag of a chunk does not fit.")
@@ -113,10 +120,7 @@ def seal_chunk(key: bytes, nonce: bytes, plaintext: memoryview, out: memoryview)
     if plaintext.nbytes != out.nbytes:
         raise ValueError(f"{plaintext.nbytes} bytes do not fit {out.nbytes}")
     tag = ctypes.create_string_buffer(TAG_SIZE)
-    with (
-        _address(plaintext, _CONTIGUOUS) as source,
-        _address(out, _CONTIGUOUS_WRITABLE) as target,
-    ):
+    with readable(plaintext) as source, writable(out) as target:
         fastest_box().seal(target, tag, source, plaintext.nbytes, nonce, key)
     return tag.raw
 

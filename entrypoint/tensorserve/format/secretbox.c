@@ -1,8 +1,10 @@
 /* XSalsa20-Poly1305 (libsodium's secretbox) for processors with AVX-512 IFMA.
  *
  * What libsodium does per chunk of 2 MiB is most of what an encrypted load costs. Here Salsa20 runs on
- * 16 blocks at once and Poly1305 on 16 blocks at once, in two passes: the tag is compared before a byte
- * is written. On other processors box_supported() says 0, and the caller takes libsodium.
+ * 16 blocks at once and Poly1305 on 16 blocks at once. A whole box is opened in two passes: the tag is
+ * compared before a byte is written. It can also be opened in strips, in any order, each as soon as it has
+ * come and while it is in the processor's cache; box_check then says whether they may be used. On other
+ * processors box_supported() says 0, and the caller takes libsodium.
  *
  * Sources: Bernstein, "The Salsa20 family of stream ciphers", "Extending the Salsa20 nonce", and "The
  * Poly1305-AES message-authentication code"; radix 2^44 for IFMA after Gueron and Krasnov,
@@ -20,6 +22,7 @@ typedef unsigned __int128 u128;
 #define EXPORTED __attribute__((visibility("default")))
 #define VECTOR __attribute__((target("avx512f,avx512ifma,bmi2")))
 #define LANES 16 /* blocks at once, of either primitive */
+#define CACHED 16384 /* bytes of a strip that are hashed, then decrypted; a multiple of 1,024 */
 #define SALSA_BLOCK 64
 #define POLY_BLOCK 16
 
@@ -101,13 +104,16 @@ static void hsalsa20(uint8_t subkey[32], const uint8_t key[32], const uint8_t in
     }
 }
 
-static void salsa_block(uint8_t out[SALSA_BLOCK], const uint32_t matrix[16])
+static void salsa_block_at(uint8_t out[SALSA_BLOCK], const uint32_t matrix[16], uint64_t counter)
 {
-    uint32_t x[16];
-    memcpy(x, matrix, sizeof x);
+    uint32_t start[16], x[16];
+    memcpy(start, matrix, sizeof start);
+    start[8] = (uint32_t)counter;
+    start[9] = (uint32_t)(counter >> 32);
+    memcpy(x, start, sizeof x);
     salsa_rounds(x);
     for (int i = 0; i < 16; i++) {
-        x[i] += matrix[i];
+        x[i] += start[i];
     }
     memcpy(out, x, SALSA_BLOCK);
 }
@@ -311,20 +317,35 @@ VECTOR static number poly_bulk(const uint8_t *in, size_t length, const number po
     return carried(sum.v[0], sum.v[1], sum.v[2]);
 }
 
-/* The tag of `in` under a one-time key. */
-static void poly1305(uint8_t tag[16], const uint8_t *in, size_t length, const uint8_t key[32])
+/* r^1 to r^16. */
+static void poly_powers(number power[LANES + 1], const uint8_t key[32])
 {
     const uint64_t r_low = load64(key) & 0x0ffffffc0fffffffull, r_high = load64(key + 8) & 0x0ffffffc0ffffffcull;
-    number power[LANES + 1], h = {{0, 0, 0}};
     power[1].v[0] = r_low & MASK44;
     power[1].v[1] = ((r_low >> 44) | (r_high << 20)) & MASK44;
     power[1].v[2] = r_high >> 24;
+    for (int i = 2; i <= LANES; i++) {
+        power[i] = multiply(power[i - 1], power[1]);
+    }
+}
+
+/* h r^n + tail: `h` hashed on over n blocks, of which `tail` is the hash from zero. */
+static number advanced(number h, number r, uint64_t n, number tail)
+{
+    for (; n; n >>= 1, r = multiply(r, r)) {
+        if (n & 1) {
+            h = multiply(h, r);
+        }
+    }
+    return carried((u128)h.v[0] + tail.v[0], (u128)h.v[1] + tail.v[1], (u128)h.v[2] + tail.v[2]);
+}
+
+/* The hash of `in`, from `h` on; a multiple of 16 bytes, or the end of the box. */
+static number poly_update(number h, const uint8_t *in, size_t length, const number power[LANES + 1])
+{
     const size_t bulk = length - length % (LANES * POLY_BLOCK);
     if (bulk) {
-        for (int i = 2; i <= LANES; i++) {
-            power[i] = multiply(power[i - 1], power[1]);
-        }
-        h = poly_bulk(in, bulk, power);
+        h = advanced(h, power[LANES], bulk / (LANES * POLY_BLOCK), poly_bulk(in, bulk, power));
         in += bulk;
         length -= bulk;
     }
@@ -337,6 +358,12 @@ static void poly1305(uint8_t tag[16], const uint8_t *in, size_t length, const ui
         last[length] = 1;
         h = multiply(plus_block(h, last, 0), power[1]);
     }
+    return h;
+}
+
+/* The tag that a hash makes under a one-time key. */
+static void poly_finish(uint8_t tag[16], number h, const uint8_t key[32])
+{
     /* Below 2^132, then below 2^130 + a little, then mod p. */
     h = carried(h.v[0], h.v[1], h.v[2]);
     h = carried(h.v[0] + 5 * (h.v[2] >> 42), h.v[1], h.v[2] & (MASK44 >> 2));
@@ -362,22 +389,43 @@ typedef struct {
     uint8_t first[SALSA_BLOCK]; /* 32 bytes of the tag's key, 32 of key stream */
 } box;
 
-static void box_begin(box *b, const uint8_t nonce[24], const uint8_t key[32])
+EXPORTED void box_begin(box *b, const uint8_t nonce[24], const uint8_t key[32])
 {
     uint8_t subkey[32], in[16] = {0};
     hsalsa20(subkey, key, nonce);
     memcpy(in, nonce + 16, 8);
     salsa_matrix(b->matrix, subkey, in);
-    salsa_block(b->first, b->matrix);
+    salsa_block_at(b->first, b->matrix, 0);
 }
 
-VECTOR static void box_xor(const box *b, uint8_t *out, const uint8_t *in, size_t length)
+/* Bytes of the box from `offset` on, a multiple of 64. The first 32 bytes of the key stream are the tag's key,
+ * so they begin in the middle of a block. */
+static void box_xor(const box *b, uint8_t *out, const uint8_t *in, uint64_t offset, size_t length)
 {
     const size_t head = length < 32 ? length : 32;
+    const uint64_t counter = offset / SALSA_BLOCK;
+    uint8_t block[SALSA_BLOCK];
+    salsa_block_at(block, b->matrix, counter);
     for (size_t i = 0; i < head; i++) {
-        out[i] = in[i] ^ b->first[32 + i];
+        out[i] = in[i] ^ block[32 + i];
     }
-    salsa_xor(out + head, in + head, length - head, b->matrix, 1);
+    salsa_xor(out + head, in + head, length - head, b->matrix, counter + 1);
+}
+
+static void box_tag(const box *b, uint8_t tag[16], const uint8_t *in, size_t length)
+{
+    number power[LANES + 1], h = {{0, 0, 0}};
+    poly_powers(power, b->first);
+    poly_finish(tag, poly_update(h, in, length, power), b->first);
+}
+
+static int differ(const uint8_t a[16], const uint8_t b[16])
+{
+    uint8_t bits = 0;
+    for (int i = 0; i < 16; i++) {
+        bits |= a[i] ^ b[i];
+    }
+    return bits ? -1 : 0;
 }
 
 /* 0, or -1 where the tag does not fit: `out` is then as it was. `out` may be `in`. */
@@ -385,16 +433,13 @@ EXPORTED int box_open(uint8_t *out, const uint8_t *in, const uint8_t tag[16], ui
              const uint8_t nonce[24], const uint8_t key[32])
 {
     box b;
-    uint8_t found[16], differ = 0;
+    uint8_t found[16];
     box_begin(&b, nonce, key);
-    poly1305(found, in, length, b.first);
-    for (int i = 0; i < 16; i++) {
-        differ |= found[i] ^ tag[i];
-    }
-    if (differ) {
+    box_tag(&b, found, in, length);
+    if (differ(found, tag)) {
         return -1;
     }
-    box_xor(&b, out, in, length);
+    box_xor(&b, out, in, 0, length);
     return 0;
 }
 
@@ -404,6 +449,41 @@ EXPORTED void box_seal(uint8_t *out, uint8_t tag[16], const uint8_t *in, uint64_
 {
     box b;
     box_begin(&b, nonce, key);
-    box_xor(&b, out, in, length);
-    poly1305(tag, out, length, b.first);
+    box_xor(&b, out, in, 0, length);
+    box_tag(&b, tag, out, length);
+}
+
+/* Open `length` bytes of the box from `offset` on, a multiple of 64; so is `length`, but at the box's end.
+ * `hash` is for box_check: until that says so, nobody may trust `out`. `out` may be `in`. */
+EXPORTED void box_open_strip(const box *b, uint64_t hash[3], uint8_t *out, const uint8_t *in, uint64_t offset,
+                             uint64_t length)
+{
+    number power[LANES + 1], h = {{0, 0, 0}};
+    poly_powers(power, b->first);
+    while (length) {
+        /* What was just hashed is in the first cache when it is decrypted. */
+        const size_t step = length < CACHED ? length : CACHED;
+        h = poly_update(h, in, step, power);
+        box_xor(b, out, in, offset, step);
+        in += step;
+        out += step;
+        offset += step;
+        length -= step;
+    }
+    memcpy(hash, h.v, sizeof h.v);
+}
+
+/* 0 where the tag fits the strips, `count` of them, in the order of the box. */
+EXPORTED int box_check(const box *b, const uint64_t (*hashes)[3], const uint64_t *lengths, uint64_t count,
+                       const uint8_t tag[16])
+{
+    number power[LANES + 1], h = {{0, 0, 0}};
+    uint8_t found[16];
+    poly_powers(power, b->first);
+    for (uint64_t i = 0; i < count; i++) {
+        const number strip = {{hashes[i][0], hashes[i][1], hashes[i][2]}};
+        h = advanced(h, power[1], (lengths[i] + POLY_BLOCK - 1) / POLY_BLOCK, strip);
+    }
+    poly_finish(found, h, b->first);
+    return differ(found, tag);
 }

@@ -25,7 +25,9 @@ _POLL = 0.01
 # far below what it was (what was fetched ahead is used up).
 _AGAIN = 3.0
 _FALLEN = 0.6
-REMOTE_START, REMOTE_MOST = 32, MOST_CONNECTIONS
+# With less of the processors' time to spare, more connections only cost more of it.
+_SPARE = 0.1
+REMOTE_START, REMOTE_MOST = 64, MOST_CONNECTIONS
 
 
 class Connections:
@@ -33,7 +35,8 @@ class Connections:
 
     `received` gives the bytes received so far. Call `step` again and again; it returns the seconds
     until it wants to be called next. Hill climbing: fourfold, then twofold, as long as the rate
-    follows.
+    follows and the processors have time: `spare` gives the part of it without work since the call
+    before.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class Connections:
         most: int,
         received: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        spare: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.target = start
         self._most = most
         self._received = received
         self._clock = clock
+        self._spare = spare
         self._begun: tuple[float, int] | None = None  # when, and what had come before
         self._settle: float | None = None  # seconds; None: nothing has come yet
         self._before: tuple[int, float] | None = None  # connections and rate before the last step
@@ -62,6 +67,7 @@ class Connections:
             return self._wait_for_first(now, received)
         if self._mark is None:
             self._mark = (now, received)
+            self._spare()
             return _MEASURE
         began, had = self._mark
         self._mark = None
@@ -102,7 +108,7 @@ class Connections:
                 return self._settle
             if rate < _LINEAR * factor * slower:
                 self._factor = factor = 2
-        if self.target >= self._most:
+        if self.target >= self._most or self._spare() < _SPARE:
             self._held = now, rate
             return self._settle
         self._before = (self.target, rate)

@@ -10,15 +10,12 @@ import ctypes
 import mmap
 import threading
 import weakref
-from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
 
 # Smaller pieces are malloc's business.
 _LEAST = 256 * 1024
-# How often it is asked whether a wait has become urgent.
-_LOOK_SECONDS = 0.05
 
 
 class HostMemory:
@@ -64,43 +61,6 @@ class HostMemory:
             while self._kept > self._keep:
                 self._kept -= len(self._free.pop(0))
             return block
-
-
-class Buffers:
-    """At most `most` buffers of one size for bytes that are not opened yet. Thread-safe."""
-
-    def __init__(self, size: int, most: int) -> None:
-        self._size = size
-        self._left = most
-        self._free: list[memoryview] = []
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def take(self, urgent: Callable[[], bool] = lambda: False) -> memoryview:
-        """A buffer; waits until one is free, or it is `urgent`. After `close` nobody waits."""
-        with self._changed:
-            while not (self._free or self._left > 0 or self._closed or urgent()):
-                self._changed.wait(_LOOK_SECONDS)
-            if self._free:
-                # The last one that was given back: it may still be in a cache.
-                return self._free.pop()
-            self._left -= 1
-        return memoryview(bytearray(self._size))
-
-    def give_back(self, buffer: memoryview) -> None:
-        """It may be written over from now on."""
-        with self._changed:
-            if self._left < 0:
-                self._left += 1  # one more than there should be
-            else:
-                self._free.append(buffer)
-                self._changed.notify()
-
-    def close(self) -> None:
-        """Let nobody wait any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
 
 def _fresh(count: int) -> mmap.mmap:

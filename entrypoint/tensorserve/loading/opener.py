@@ -1,5 +1,8 @@
 """From what stands in the file to a tensor's own bytes: decrypted, authenticated, in their place.
 
+Sealed bytes come in strips, in any order. A strip is opened where it belongs while it is still in
+the processor's cache; when a chunk's last one is there, its tag is compared. What cannot be opened
+yet (its header is on its way, or the cipher wants whole chunks) waits in its place, still sealed.
 What looks damaged is read once more: on the wire, or at rest? What comes a second time is believed.
 """
 
@@ -9,17 +12,22 @@ import hashlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from tensorserve.errors import CorruptError
 from tensorserve.format import (
+    STRIP_ALIGNMENT,
+    ChunkedCipher,
     FileKey,
+    StripOpener,
     TagMismatchError,
     TensorHeader,
     TensorRecord,
     open_tensor_chunk,
+    opens_strips,
     parse_header,
     verify_hashes,
 )
@@ -29,16 +37,26 @@ from tensorserve.loading.schedule import PART_BYTES
 from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
-# Its number among the parts of a tensor.
-_HEADER = -1
+
+@dataclass(eq=False)
+class _Chunk:
+    """A sealed chunk on its way."""
+
+    left: int  # bytes
+    strips: StripOpener | None
+    """None where the cipher wants it whole."""
+    sealed: list[tuple[int, int]] = field(default_factory=list)
+    """From where to where it stands in its place, still sealed."""
 
 
 @dataclass(eq=False)
-class _Joined:
-    """Bytes that come in more than one piece."""
+class _Part:
+    """PART_BYTES of a tensor that go on to a device: host memory in which they come together."""
 
     memory: memoryview
-    left: int
+    slot: torch.Tensor | None
+    """Whose memory it is; None: ordinary memory, to be copied into a slot when it is whole."""
+    left: int  # bytes
 
 
 @dataclass(eq=False)
@@ -49,15 +67,22 @@ class Pending:
     memory: torch.Tensor  # uint8, of the record's length; where it is staged, on the device
     view: memoryview  # of the memory; of host memory, or empty, where it is staged
     budget: int  # bytes of the host memory limit that it takes
-    left: int  # bytes that have not come to their place yet
-    sealed: bool = False  # they come sealed, and are opened when all are there
     header: TensorHeader | None = None
-    header_known: threading.Event = field(default_factory=threading.Event)
-    # Where they come in two halves: the header (-1) and parts, by number, that are not whole yet.
-    halves: dict[int, _Joined] = field(default_factory=dict)
+    header_bytes: bytearray = field(default_factory=bytearray)
+    header_left: int = field(init=False)
+    early: list[tuple[int, int]] = field(default_factory=list)
+    """From where to where it came before its header."""
+    chunks: dict[int, _Chunk] = field(default_factory=dict)
+    parts: dict[int, _Part] = field(default_factory=dict)
+    left: int = field(init=False)
+    """Bytes that are not open in their place yet, and one for the header."""
     done: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     sent: object | None = None  # where it is staged: what to wait for on the device
+
+    def __post_init__(self) -> None:
+        self.left = self.record.length + 1
+        self.header_left = self.record.header_length
 
 
 class Opener:
@@ -81,8 +106,9 @@ class Opener:
         self._progress = progress
         self._encrypted = encrypted
         self._hashes = hashes
+        self._strips = encrypted and opens_strips()
         self._headers: dict[int, bytes] = {}
-        # Memory of joined parts, to be used again: fresh memory costs as much as decryption.
+        # Memory of parts, to be used again: fresh memory costs as much as decryption.
         self._spare: deque[memoryview] = deque()
 
     def headers_sha256(self) -> str:
@@ -90,182 +116,291 @@ class Opener:
         headers = (self._headers[offset] for offset in sorted(self._headers))
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
+    # What comes ----------------------------------------------------------------------------------
+
     def take_header(self, tensor: Pending, start: int, data: memoryview) -> bool:
-        """Bytes of a tensor's header, from `start` of it on; True when that was all of the tensor.
+        """Bytes of a tensor's header, from `start` of it on; True when the tensor is complete.
 
         Raises CorruptError.
         """
-        whole = self._join(tensor, _HEADER, tensor.record.header_length, start, data)
-        if whole is None:
-            return False
+        length = tensor.record.header_length
+        with tensor.lock:
+            if not tensor.header_bytes:
+                tensor.header_bytes = bytearray(length)
+            tensor.header_bytes[start : start + len(data)] = data
+            tensor.header_left -= len(data)
+            if tensor.header_left:
+                return False
         try:
-            self._parse(tensor, whole)
+            header = self._parse(tensor.record, tensor.header_bytes)
         except CorruptError:
-            self._read_header_again(tensor)
-        tensor.header_known.set()
-        if tensor.record.length:
-            return False
-        self._complete(tensor)
-        return True
+            header = self._read_header_again(tensor.record)
+        with tensor.lock:
+            if self._staging is not None and _crosses_parts(header):
+                self._to_one_place(tensor)
+            tensor.header = header
+            early, tensor.early = tensor.early, []
+        # Each of these may be the tensor's last one.
+        complete = [self._settle(tensor, header, start, stop, None) for start, stop in early]
+        return self._passed(tensor, 1) or any(complete)
 
     def take(self, tensor: Pending, start: int, data: memoryview, *, placed: bool = False) -> bool:
-        """What stands in the file from `start` of the tensor on; True when it was the last of it.
+        """What stands in the file from `start` of the tensor on; True when it is complete.
 
-        `data` is of one part (PART_BYTES), or `placed`: received in the tensor's own memory. Raises
-        CorruptError.
+        `data` is within one part (PART_BYTES), or `placed`: received where it belongs, and not
+        sealed. Raises CorruptError.
         """
+        stop = start + len(data)
+        if placed:
+            return self._passed(tensor, len(data))
         header = tensor.header
-        assert header is not None
-        joined = False
-        if header.chunks is not None and not tensor.sealed:
-            part = start // PART_BYTES
-            begin = part * PART_BYTES
-            length = min(PART_BYTES, tensor.record.length - begin)
-            whole = self._join(tensor, part, length, start - begin, data)
-            if whole is None:
-                return False
-            joined = whole is not data
-            start, data = begin, whole
-        if self._staging is not None and not tensor.sealed:
-            self._stage(self._staging, tensor, header, start, data)
-        elif not placed:
-            self._put(tensor, header, start, data, tensor.view[start : start + len(data)])
-        if joined and len(data) == PART_BYTES:
-            self._spare.append(data)
-        with tensor.lock:
-            tensor.left -= len(data)
-            if tensor.left:
-                return False
-        self._complete(tensor)
-        return True
+        if header is None:
+            with tensor.lock:
+                header = tensor.header
+                if header is None:
+                    self._write(tensor, start, data)
+                    tensor.early.append((start, stop))
+                    return False
+        return self._settle(tensor, header, start, stop, data)
 
-    def _complete(self, tensor: Pending) -> None:
-        header = tensor.header
-        assert header is not None
-        if tensor.sealed:
-            self._open_boxes(tensor, header, 0, tensor.view, tensor.view)
-        if self._hashes:
-            verify_hashes(header, tensor.view)
-        if self._staging is not None:
-            if tensor.sealed:
-                tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
-            tensor.sent = self._staging.sent()
-
-    def _join(
-        self, tensor: Pending, part: int, length: int, start: int, data: memoryview
-    ) -> memoryview | None:
-        """All `length` bytes of a part, when `data` (from its `start` on) was the last of them."""
-        if len(data) == length:
-            return data
-        with tensor.lock:
-            if part not in tensor.halves:
-                tensor.halves[part] = _Joined(self._spare_memory(length), length)
-            joined = tensor.halves[part]
-        joined.memory[start : start + len(data)] = data
-        with tensor.lock:
-            joined.left -= len(data)
-            if joined.left:
-                return None
-            del tensor.halves[part]
-        return joined.memory
-
-    def _spare_memory(self, length: int) -> memoryview:
-        if length < PART_BYTES:
-            return memoryview(bytearray(length))
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return memoryview(bytearray(PART_BYTES))
-
-    def _stage(
-        self,
-        staging: Staging,
-        tensor: Pending,
-        header: TensorHeader,
-        start: int,
-        data: memoryview,
-    ) -> None:
-        if not len(data):
-            return
-        slot = staging.take()
-        try:
-            self._put(tensor, header, start, data, slot.numpy().data[: len(data)])
-        except BaseException:
-            staging.give_back(slot)
-            raise
-        staging.send(slot, tensor.memory[start : start + len(data)])
-
-    def _put(
+    def _settle(
         self,
         tensor: Pending,
         header: TensorHeader,
         start: int,
-        data: memoryview,
-        place: memoryview,
+        stop: int,
+        data: memoryview | None,
+    ) -> bool:
+        """Bytes [start, stop) are there: `data`, or in their place, as they came; True when the
+        tensor is complete.
+        """
+        if header.chunks is None:
+            if data is not None:
+                self._write(tensor, start, data)
+            return self._arrived(tensor, start, stop)
+        complete = False
+        for index, begin, end in _chunks_within(header.chunks, tensor.record.length, start, stop):
+            a, b = max(start, begin), min(stop, end)
+            box = None if data is None else data[a - start : b - start]
+            if box is not None and (a, b) == (begin, end):
+                self._open_whole(tensor, header, index, box)
+            elif not self._take_strip(tensor, header, index, (a - begin, b - begin), box):
+                continue
+            complete = self._arrived(tensor, begin, end) or complete
+        return complete
+
+    # Sealed chunks -------------------------------------------------------------------------------
+
+    def _open_whole(
+        self, tensor: Pending, header: TensorHeader, index: int, sealed: memoryview
     ) -> None:
-        """Open `data` into `place`; what is opened later only goes there."""
-        if self._staging is None:
-            populate(place)
-        if header.chunks is not None and not tensor.sealed:
-            self._open_boxes(tensor, header, start, data, place)
-        else:
-            place[:] = data
-
-    def _parse(self, tensor: Pending, data: memoryview) -> None:
-        record = tensor.record
-        tensor.header = header = parse_header(
-            record, data, encrypted=self._encrypted, source_name=self._source.name
-        )
-        if header.chunks is not None and record.length > PART_BYTES:
-            size = record.length if header.chunks.count == 1 else header.chunks.chunk_size
-            # Chunks that are not cut as parts are: no part alone could be opened.
-            tensor.sealed = PART_BYTES % size != 0
-            if tensor.sealed and self._staging is not None and not tensor.view:
-                tensor.view = memoryview(bytearray(record.length))
-        self._headers[record.header_offset] = bytes(data)
-
-    def _read_header_again(self, tensor: Pending) -> None:
-        self._progress.retry("corrupt")
-        record = tensor.record
-        data = self._source.read(record.header_offset, record.header_length)
-        self._parse(tensor, memoryview(data))
-
-    def _open_boxes(
-        self,
-        tensor: Pending,
-        header: TensorHeader,
-        start: int,
-        sealed: memoryview,
-        out: memoryview,
-    ) -> None:
-        """Open the chunks that `sealed` holds whole, which begins at `start` of the tensor."""
-        chunks, length = header.chunks, tensor.record.length
-        assert chunks is not None
+        """A chunk that came at once."""
         began = time.monotonic()
-        size = length if chunks.count == 1 else chunks.chunk_size
-        for index in range(start // size, -(-(start + len(sealed)) // size)):
-            a, b = chunks.chunk_bounds(index, length)
-            box = slice(a - start, b - start)
-            self._open(tensor, header, index, sealed[box], out[box])
+        assert header.chunks is not None
+        begin, end = header.chunks.chunk_bounds(index, tensor.record.length)
+        out = self._place(tensor, begin, end)
+        populate(out)
+        try:
+            open_tensor_chunk(header, self._key_for(header), index, sealed, out)
+        except TagMismatchError:
+            self._open_again(tensor, index)
         self._progress.stage("decrypt", len(sealed), time.monotonic() - began)
 
-    def _open(
+    def _take_strip(
         self,
         tensor: Pending,
         header: TensorHeader,
         index: int,
-        sealed: memoryview,
-        out: memoryview,
-    ) -> None:
-        assert self._key is not None
+        at: tuple[int, int],
+        data: memoryview | None,
+    ) -> bool:
+        """Some of a chunk is there; True when its last strip was, and it is open."""
+        began = time.monotonic()
+        chunks = header.chunks
+        assert chunks is not None
+        begin, end = chunks.chunk_bounds(index, tensor.record.length)
+        with tensor.lock:
+            chunk = tensor.chunks.get(index)
+            if chunk is None:
+                strips = (
+                    StripOpener(self._key_for(header), chunks.chunk_nonce(index))
+                    if self._strips
+                    else None
+                )
+                chunk = tensor.chunks[index] = _Chunk(end - begin, strips)
+        a, b = at
+        first, last = b, b
+        if data is not None and chunk.strips is not None:
+            # Whole blocks of the cipher. What is left over waits for its other half.
+            first = min(-(-a // STRIP_ALIGNMENT) * STRIP_ALIGNMENT, b)
+            last = b if begin + b == end else max(first, b // STRIP_ALIGNMENT * STRIP_ALIGNMENT)
+            if first < last:
+                out = self._place(tensor, begin + first, begin + last)
+                populate(out)
+                chunk.strips.open(first, data[first - a : last - a], out)
+        waiting = [(a, first), (last, b)]
+        if data is not None:
+            for start, stop in waiting:
+                self._write(tensor, begin + start, data[start - a : stop - a])
+        with tensor.lock:
+            chunk.sealed += [(start, stop) for start, stop in waiting if start < stop]
+            chunk.left -= b - a
+            whole = not chunk.left
+            if whole:
+                del tensor.chunks[index]
+        if whole:
+            self._finish(tensor, header, index, chunk)
+        self._progress.stage("decrypt", b - a, time.monotonic() - began)
+        return whole
+
+    def _finish(self, tensor: Pending, header: TensorHeader, index: int, chunk: _Chunk) -> None:
+        """All of a chunk is in its place, open or sealed: open the rest, compare the tag."""
         assert header.chunks is not None
+        begin, end = header.chunks.chunk_bounds(index, tensor.record.length)
         try:
-            open_tensor_chunk(header, self._key.for_header(header), index, sealed, out)
+            if chunk.strips is None:
+                here = self._place(tensor, begin, end)
+                open_tensor_chunk(header, self._key_for(header), index, here, here)
+                return
+            for start, stop in _merged(chunk.sealed):
+                here = self._place(tensor, begin + start, begin + stop)
+                chunk.strips.open(start, here, here)
+            chunk.strips.check(header.chunks.chunk_tag(index))
         except TagMismatchError:
-            # libsodium checks before it writes. Nonce and tag may be what is damaged.
-            start, _ = header.chunks.chunk_bounds(index, tensor.record.length)
-            self._read_header_again(tensor)
-            self._source.read_into(tensor.record.data_offset + start, sealed)
-            assert tensor.header is not None
-            key = self._key.for_header(tensor.header)
-            open_tensor_chunk(tensor.header, key, index, sealed, out)
+            self._open_again(tensor, index)
+
+    def _open_again(self, tensor: Pending, index: int) -> None:
+        """Nonce and tag may be what was damaged, so the header is read anew as well."""
+        header = tensor.header = self._read_header_again(tensor.record)
+        assert header.chunks is not None
+        begin, end = header.chunks.chunk_bounds(index, tensor.record.length)
+        here = self._place(tensor, begin, end)
+        self._source.read_into(tensor.record.data_offset + begin, here)
+        open_tensor_chunk(header, self._key_for(header), index, here, here)
+
+    def _key_for(self, header: TensorHeader) -> bytes:
+        assert self._key is not None
+        return self._key.for_header(header)
+
+    # Where it belongs ----------------------------------------------------------------------------
+
+    def _write(self, tensor: Pending, start: int, data: memoryview) -> None:
+        if len(data):
+            place = self._place(tensor, start, start + len(data))
+            populate(place)
+            place[:] = data
+
+    def _place(self, tensor: Pending, start: int, stop: int) -> memoryview:
+        """Host memory of bytes [start, stop): the tensor's own, or of a part that will be sent."""
+        if self._staging is None or tensor.view:
+            return tensor.view[start:stop]
+        number = start // PART_BYTES
+        begin = number * PART_BYTES
+        with tensor.lock:
+            if number not in tensor.parts:
+                length = min(PART_BYTES, tensor.record.length - begin)
+                tensor.parts[number] = self._new_part(self._staging, length)
+            part = tensor.parts[number]
+        return part.memory[start - begin : stop - begin]
+
+    def _new_part(self, staging: Staging, length: int) -> _Part:
+        slot = staging.take_early()
+        if slot is not None:
+            return _Part(slot.numpy().data[:length], slot, length)
+        if length < PART_BYTES:
+            return _Part(memoryview(bytearray(length)), None, length)
+        try:
+            return _Part(self._spare.pop(), None, length)
+        except IndexError:
+            return _Part(memoryview(bytearray(length)), None, length)
+
+    def _to_one_place(self, tensor: Pending) -> None:
+        """Its chunks are not cut as parts are: it goes to the device as a whole."""
+        view = memoryview(bytearray(tensor.record.length))
+        for start, stop in tensor.early:
+            view[start:stop] = self._place(tensor, start, stop)
+        assert self._staging is not None
+        for part in tensor.parts.values():
+            if part.slot is not None:
+                self._staging.give_back(part.slot)
+        tensor.parts.clear()
+        tensor.view = view
+
+    def _arrived(self, tensor: Pending, start: int, stop: int) -> bool:
+        """Bytes [start, stop) are in their place and open; True when the tensor is complete."""
+        if self._staging is not None and not tensor.view:
+            number = start // PART_BYTES
+            with tensor.lock:
+                part = tensor.parts[number]
+                part.left -= stop - start
+                whole = not part.left
+                if whole:
+                    del tensor.parts[number]
+            if whole:
+                self._send(self._staging, tensor, number * PART_BYTES, part)
+        return self._passed(tensor, stop - start)
+
+    def _send(self, staging: Staging, tensor: Pending, begin: int, part: _Part) -> None:
+        slot, length = part.slot, len(part.memory)
+        if slot is None:
+            slot = staging.take()
+            slot.numpy().data[:length] = part.memory
+            if length == PART_BYTES:
+                self._spare.append(part.memory)
+        staging.send(slot, tensor.memory[begin : begin + length])
+
+    def _passed(self, tensor: Pending, count: int) -> bool:
+        """So much less is to come; True when that was the last of it."""
+        with tensor.lock:
+            tensor.left -= count
+            if tensor.left:
+                return False
+        assert tensor.header is not None
+        if self._hashes:
+            verify_hashes(tensor.header, tensor.view)
+        if self._staging is not None:
+            if tensor.view:
+                tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
+            tensor.sent = self._staging.sent()
+        return True
+
+    # Headers -------------------------------------------------------------------------------------
+
+    def _parse(self, record: TensorRecord, data: bytes | bytearray) -> TensorHeader:
+        header = parse_header(
+            record, memoryview(data), encrypted=self._encrypted, source_name=self._source.name
+        )
+        self._headers[record.header_offset] = bytes(data)
+        return header
+
+    def _read_header_again(self, record: TensorRecord) -> TensorHeader:
+        self._progress.retry("corrupt")
+        return self._parse(record, self._source.read(record.header_offset, record.header_length))
+
+
+def _chunks_within(
+    chunks: ChunkedCipher, length: int, start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
+    """(index, begin, end) of the chunks that bytes [start, stop) of a tensor touch."""
+    size = length if chunks.count == 1 else chunks.chunk_size
+    for index in range(start // size, -(-stop // size)):
+        yield index, *chunks.chunk_bounds(index, length)
+
+
+def _crosses_parts(header: TensorHeader) -> bool:
+    """Whether a chunk may stand in two parts."""
+    chunks, length = header.chunks, header.record.length
+    if chunks is None or length <= PART_BYTES:
+        return False
+    return bool(PART_BYTES % (length if chunks.count == 1 else chunks.chunk_size))
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours put together."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and merged[-1][1] == start:
+            merged[-1] = merged[-1][0], stop
+        else:
+            merged.append((start, stop))
+    return merged

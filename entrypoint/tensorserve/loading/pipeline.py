@@ -1,11 +1,8 @@
 """The way of the bytes: ranges → decrypted, authenticated → where each tensor belongs.
 
-Each connection is a thread that takes a job (schedule.py) and receives spans of 2 MiB; as soon as
-one is there, it is opened into the tensor's own memory while the rest is on its way. From a file
-the same thread opens it, straight out of the processor's cache. Behind a network there are more
-connections than processors, so one thread for each processor opens what all of them receive, into
-a bounded number of buffers. The consumer takes finished tensors in file order. Knows sources and
-the format, not vLLM.
+Each connection is a thread that takes a job (schedule.py) and receives it strip by strip; as soon
+as one is there, the thread opens it into the tensor's own memory while the rest is on its way. The
+consumer takes finished tensors in file order. Knows sources and the format, not vLLM.
 """
 
 from __future__ import annotations
@@ -27,9 +24,10 @@ from tensorserve.format import FileKey, TensorRecord
 from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
 from tensorserve.loading.memory import HostMemory
 from tensorserve.loading.opener import Opener, Pending
+from tensorserve.loading.processors import Spare
 from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.reader import Reader
-from tensorserve.loading.schedule import Schedule
+from tensorserve.loading.reader import Reader, strip_bytes
+from tensorserve.loading.schedule import PART_BYTES, Schedule
 from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
@@ -98,20 +96,26 @@ class TensorStream:
         self._progress = progress
         self._place = place
         records = tuple(records)
-        self._schedule: Schedule[Pending] = Schedule(
-            records, self._admit, room=options.ahead_bytes // 2, aligned=source.remote
-        )
+        direct = not encrypted and staging is None
+        strip = strip_bytes(source.remote, direct)
         # Half for tensors on their way, an eighth for what waits to be used again, the rest for
-        # what is still sealed.
+        # the connections.
         self._ahead_limit = options.ahead_bytes // 2
         self._memory = HostMemory(options.ahead_bytes // 8, pinned=options.pinned)
+        self._schedule: Schedule[Pending] = Schedule(
+            records,
+            self._admit,
+            room=self._ahead_limit,
+            aligned=source.remote,
+            span_bytes=strip,
+        )
         self._reader = Reader(
             source,
             self._opener,
             self._schedule,
             progress,
-            direct=not encrypted and staging is None,
-            memory_limit=options.ahead_bytes * 3 // 8,
+            direct=direct,
+            strip=strip,
             finished=self._finished,
         )
         self._order: SimpleQueue[Pending | None] = SimpleQueue()
@@ -121,14 +125,14 @@ class TensorStream:
         self._stopped = threading.Event()
         self._left = len(records)
         self._to_open = len(records)
-        self._connections = _connections(source, options, progress, self._reader.buffers)
+        # With staging, the parts in which its job begins and ends may wait for another's.
+        each = strip + (2 * PART_BYTES if staging is not None else 0)
+        most = max(4, options.ahead_bytes * 3 // 8 // each)
+        self._connections = _connections(source, options, progress, most)
         self._threads: list[threading.Thread] = []
         self._staffed = 0
 
     def __enter__(self) -> TensorStream:
-        if self._reader.apart:
-            for number in range(len(self._options.processors)):
-                self._run(self._reader.open_what_comes, f"tensorserve-load-open-{number}")
         self._staff()
         if self._options.connections is None:
             self._run(self._adapt, "tensorserve-load-adapt")
@@ -205,6 +209,8 @@ class TensorStream:
         self._stopped.set()
         self._order.put(None)
         self._reader.stop()
+        if self._staging is not None:
+            self._staging.stop()
         with self._free:
             self._free.notify_all()
 
@@ -261,7 +267,7 @@ class TensorStream:
             memory = take(record.length)
         here = record.length and self._staging is None
         view = memory.numpy().data if here else memoryview(bytearray())
-        pending = Pending(record, memory, view, budget, record.length)
+        pending = Pending(record, memory, view, budget)
         self._order.put(pending)
         return pending
 
@@ -288,11 +294,12 @@ def _connections(
     if options.connections is not None:
         return Connections(options.connections, options.connections, progress.received_bytes)
     if source.remote:
-        # Each fills a buffer.
-        most = min(REMOTE_MOST, most)
-        return Connections(min(REMOTE_START, most), most, progress.received_bytes)
-    cores = len(options.processors)
-    return Connections(cores, 4 * cores, progress.received_bytes)
+        start, most = min(REMOTE_START, most), min(REMOTE_MOST, most)
+    else:
+        start = len(options.processors)
+        most = 4 * start
+    spare = Spare(options.processors)
+    return Connections(start, most, progress.received_bytes, spare=spare)
 
 
 def _shaped(record: TensorRecord, memory: torch.Tensor) -> torch.Tensor:

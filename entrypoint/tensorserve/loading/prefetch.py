@@ -8,11 +8,13 @@ no byte comes over the network twice. Where the fetcher has died, each rank fetc
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
+from tensorserve.loading.processors import Spare
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.shared import ABSENT, BLOCK_BYTES, ON_ITS_WAY, THERE, SharedBlocks
 from tensorserve.sources import Source
@@ -37,7 +39,12 @@ class Prefetcher:
         self._freed = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._connections = Connections(REMOTE_START, REMOTE_MOST, progress.received_bytes)
+        self._connections = Connections(
+            REMOTE_START,
+            REMOTE_MOST,
+            progress.received_bytes,
+            spare=Spare(os.sched_getaffinity(0)),
+        )
         self._running = 0
 
     def run(self, report: Callable[[], None] = lambda: None, seconds: float = 0.25) -> None:

@@ -3,7 +3,7 @@
 Jobs are ranges of the file, in file order, whatever tensors stand there. Behind a network they end
 at multiples of 8 MiB: object stores keep an object in pieces of 4 MiB, 8 MiB or more, and a request
 that begins or ends within one may have all of it read (SeaweedFS loses a third of its rate). Within
-a job, spans are received one by one: a part of 2 MiB of a large tensor, or small neighbours
+a job, spans are received one by one: a strip or a part of a large tensor, or small neighbours
 together. Towards the end jobs get shorter, and a free connection takes the rest of another's job:
 one slow connection delays nothing.
 """
@@ -50,7 +50,7 @@ class Piece(Generic[Target]):
 
 @dataclass(eq=False, slots=True)
 class Span(Generic[Target]):
-    """Bytes of the file that are received at once, at most PART_BYTES. No pieces: nobody's."""
+    """Bytes of the file that are received at once. No pieces: nobody's."""
 
     offset: int
     length: int
@@ -90,7 +90,7 @@ class Schedule(Generic[Target]):
     `admit(record, wait)` makes of a tensor, in file order, what the pieces name as their target;
     where there is no room for it, it waits or gives None. `room`: bytes that all jobs together may
     have on their way; beyond that `admit` would wait. `aligned`: jobs end at multiples of their
-    size in the file, else where a part ends.
+    size in the file, else where a span ends. `span_bytes`: the most that is received at once.
     """
 
     def __init__(
@@ -100,7 +100,10 @@ class Schedule(Generic[Target]):
         room: int = END,
         *,
         aligned: bool = False,
+        span_bytes: int = PART_BYTES,
     ) -> None:
+        assert PART_BYTES % span_bytes == 0
+        self._span_bytes = span_bytes
         self._todo = deque(records)
         self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
@@ -205,7 +208,7 @@ class Schedule(Generic[Target]):
             if not spans:
                 limit = (position // size + 1) * size if self._aligned else position + size
             for piece in self._pieces(record, self._target, position, limit):
-                _add(spans, record, piece)
+                self._add(spans, record, piece)
                 if not piece.header:
                     self._bytes_left -= piece.length
             end = spans[-1].offset + spans[-1].length
@@ -219,29 +222,31 @@ class Schedule(Generic[Target]):
     def _pieces(
         self, record: TensorRecord, target: Target, position: int, limit: int
     ) -> Iterable[Piece[Target]]:
-        """Of one tensor, from `position` in the file to `limit`, or to where a part ends there."""
+        """Of one tensor, from `position` in the file to `limit`, or to where a span ends there."""
         while position < min(record.end, limit):
             header = position < record.data_offset
             begin = record.header_offset if header else record.data_offset
-            part = (position - record.data_offset) // PART_BYTES
+            size = self._span_bytes
+            number = (position - record.data_offset) // size
+            # A header, too, may be longer than what is received at once.
             end = (
-                record.data_offset
+                min(record.data_offset, position + size)
                 if header
-                else min(record.data_offset + (part + 1) * PART_BYTES, record.end)
+                else min(record.data_offset + (number + 1) * size, record.end)
             )
             if self._aligned:
                 end = min(end, limit)
             yield Piece(target, position - begin, end - position, header)
             position = end
 
-
-def _add(spans: list[Span[Target]], record: TensorRecord, piece: Piece[Target]) -> None:
-    """To the last span, where both are small; else in one of its own."""
-    offset = piece.start + (record.header_offset if piece.header else record.data_offset)
-    small = record.length <= SMALL_BYTES
-    last = spans[-1] if spans else None
-    if last is not None and small and last.small and last.length + piece.length <= PART_BYTES:
-        last.pieces.append(piece)
-        last.length += piece.length
-    else:
-        spans.append(Span(offset, piece.length, [piece], small))
+    def _add(self, spans: list[Span[Target]], record: TensorRecord, piece: Piece[Target]) -> None:
+        """To the last span, where both are small; else in one of its own."""
+        offset = piece.start + (record.header_offset if piece.header else record.data_offset)
+        small = record.length <= SMALL_BYTES
+        last = spans[-1] if spans else None
+        most = self._span_bytes
+        if last is not None and small and last.small and last.length + piece.length <= most:
+            last.pieces.append(piece)
+            last.length += piece.length
+        else:
+            spans.append(Span(offset, piece.length, [piece], small))

@@ -47,6 +47,10 @@ class Staging:
         ]
         self._flying: deque[tuple[Any, torch.Tensor]] = deque()  # (event, slot), oldest first
         self._changed = threading.Condition()
+        self._early: set[int] = set()
+        """Addresses of slots that `take_early` gave out."""
+        self._most_early = count // 2
+        self._stopped = False
 
     def memory(self, count: int) -> torch.Tensor:
         """`count` bytes on the device (uint8), for the consumer; only `send` may write there."""
@@ -58,12 +62,26 @@ class Staging:
             self._copies.wait_stream(self._consumer)
         return memory
 
+    def take_early(self) -> torch.Tensor | None:
+        """A slot for what comes bit by bit, None where there is none to spare.
+
+        At most half of them: who has one may wait for threads that wait in `take`.
+        """
+        with self._changed:
+            self._land()
+            if not self._free or len(self._early) >= self._most_early:
+                return None
+            slot = self._free.pop()
+            self._early.add(slot.data_ptr())
+            return slot
+
     def take(self) -> torch.Tensor:
-        """A slot: SLOT_BYTES of host memory, to be sent or given back."""
+        """A slot: SLOT_BYTES of host memory, to be sent or given back. Raises once stopped."""
         while True:
             with self._changed:
-                while self._flying and self._flying[0][0].query():
-                    self._free.append(self._flying.popleft()[1])
+                self._land()
+                if self._stopped:
+                    raise RuntimeError("the load has ended")
                 if self._free:
                     return self._free.pop()
                 oldest = self._flying[0][0] if self._flying else None
@@ -83,12 +101,14 @@ class Staging:
             target.copy_(source, non_blocking=True)
             event = self._mark()
         with self._changed:
+            self._early.discard(slot.data_ptr())
             self._flying.append((event, slot))
             self._changed.notify()
 
     def give_back(self, slot: torch.Tensor) -> None:
         """A slot that was not sent."""
         with self._changed:
+            self._early.discard(slot.data_ptr())
             self._free.append(slot)
             self._changed.notify()
 
@@ -105,10 +125,20 @@ class Staging:
         if sent is not None:
             _CUDA.current_stream(self.device).wait_event(sent)
 
+    def stop(self) -> None:
+        """Let nobody wait for a slot any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Wait until nothing is written any more; for a load that ended early."""
         if self._cuda:
             self._copies.synchronize()
+
+    def _land(self) -> None:
+        while self._flying and self._flying[0][0].query():
+            self._free.append(self._flying.popleft()[1])
 
     def _mark(self) -> Any:
         # Blocking: a thread that waits for it sleeps, and leaves its core to decryption.

@@ -101,6 +101,20 @@ def test_a_consumer_that_takes_nothing_is_no_slow_link() -> None:
     assert link.connections.target <= max(32, before)
 
 
+def test_without_processor_time_to_spare_it_takes_no_step() -> None:
+    """More connections would only cost more of it; where there is time again, they are tried."""
+    link = Link(lambda n: n * 10 * MB)
+    spare = 0.03
+    link.connections = Connections(
+        16, 256, lambda: int(link.bytes), clock=lambda: link.now, spare=lambda: spare
+    )
+    link.run(10)
+    assert link.connections.target == 16
+    spare = 0.6
+    link.run(10)
+    assert link.connections.target > 16
+
+
 def test_a_number_that_was_asked_for_is_kept() -> None:
     """TENSORSERVE_FETCH_CONNECTIONS."""
     connections = Connections(5, 5, lambda: 0)

@@ -126,8 +126,8 @@ def test_a_parameters_own_memory_is_filled(tmp_path: Path, device: str) -> None:
             assert torch.equal(tensor.cpu(), wanted[record.name])
 
 
-def test_a_damaged_chunk_gives_its_slot_back(tmp_path: Path) -> None:
-    """The error comes out, and the ring is whole: nobody waits for a slot for ever."""
+def test_a_damaged_chunk_ends_the_load_for_all(tmp_path: Path) -> None:
+    """The error comes out, and nobody waits for a slot for ever."""
     path = written(tmp_path / "model.tensors", key=KEY)
     staging = Staging(torch.device("cpu"), 0)
     source = LocalSource(path)
@@ -145,8 +145,25 @@ def test_a_damaged_chunk_gives_its_slot_back(tmp_path: Path) -> None:
     ):
         for _ in stream:
             pass
-    slots = [staging.take(), staging.take()]
-    assert len({slot.data_ptr() for slot in slots}) == 2
+    with pytest.raises(RuntimeError, match="ended"):
+        staging.take()
+    for thread in threading.enumerate():
+        if thread.name.startswith("tensorserve-load"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_slots_for_what_comes_bit_by_bit_leave_half_of_them() -> None:
+    """Who has such a slot may wait for a thread that wants one as well."""
+    staging = Staging(torch.device("cpu"), 4 * SLOT_BYTES)
+    early = [staging.take_early() for _ in range(3)]
+    assert [slot is None for slot in early] == [False, False, True]
+    others = [staging.take(), staging.take()]
+    assert staging.take_early() is None
+    assert early[0] is not None
+    staging.send(early[0], staging.memory(10))
+    assert staging.take_early() is not None
+    assert len({slot.data_ptr() for slot in [early[1], *others] if slot is not None}) == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
