@@ -80,4 +80,24 @@ CONTESTANTS = (
         base=_SEALED,
         moves_only=True,
     ),
+    # With 16 connections of 10 MB/s each, the link is the limit and the cores have time to spare.
+    Contestant(
+        "ours-16",
+        "this loader, encrypted, 16 connections",
+        "ours",
+        "encrypted",
+        options={"connections": 16},
+        base=_SEALED,
+        places=("s3-like",),
+    ),
+    Contestant(
+        "link-16",
+        "our client alone (bytes only), 16 connections",
+        "ours",
+        "encrypted",
+        options={"bytes_only": True, "connections": 16},
+        base=_SEALED,
+        places=("s3-like",),
+        moves_only=True,
+    ),
 )
