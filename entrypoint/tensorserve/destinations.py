@@ -132,7 +132,8 @@ class _Prefix(Destination):
 
     def __init__(self, uri: str, access: Access, *, overwrite: bool) -> None:
         # Not at import: botocore costs a third of a second.
-        from tensorserve.sources.s3 import account_for, split_s3
+        from tensorserve.sources.s3 import account_for
+        from tensorserve.sources.s3_uri import split_s3
         from tensorserve.uploading import Bucket
 
         bucket, key = split_s3(uri)

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.sources.s3_uri import split_s3
 
 GIB = 1024**3
 
@@ -48,8 +49,11 @@ def _uri(value: str, name: str) -> str:
             f"{name}: the scheme {scheme!r} is not supported.",
             hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
         )
-    if scheme == "s3" and not urlsplit(value).netloc:
-        raise ConfigurationError(f"{name}: no bucket name.", hint="Use s3://bucket/prefix.")
+    if scheme == "s3":
+        try:
+            split_s3(value)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error.message}", hint=error.hint) from None
     return value.rstrip("/") if not urlsplit(value).query else value
 
 

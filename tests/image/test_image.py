@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from containers import IMAGE, LOCAL, needs_podman, podman, run
+from containers import IMAGE, LOCAL, complaints, needs_podman, podman, run
 from running import request
 from s3server import free_ports
 
@@ -39,6 +39,8 @@ def test_the_documented_command_starts(bundle: Path) -> None:
         ):
             assert time.monotonic() < deadline, "vLLM was not started"
             time.sleep(0.2)
+        logs = podman("logs", name)
+        assert complaints(logs.stdout + logs.stderr) == []
     finally:
         podman("rm", "--force", name)
         podman("volume", "rm", name)

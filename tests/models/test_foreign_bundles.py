@@ -97,6 +97,7 @@ def free() -> dict[str, str]:
     ("writer", "sealed_by"),
     [
         ("write_module", "nothing"),
+        ("write_module", "a key"),
         ("write_state_dict", "a key"),
         ("write_state_dict", "a passphrase"),
     ],

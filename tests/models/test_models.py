@@ -111,22 +111,22 @@ def test_a_real_embedding_model_gives_the_same_vectors(tmp_path: Path) -> None:
     assert found.origin is not None
     model = Path(found.origin).with_name("model")
     # It reads 256 tokens at most.
-    settings = pack(model, tmp_path) | {"TENSORSERVE_VLLM_MAX_MODEL_LEN": "256"}
+    limit = {"TENSORSERVE_VLLM_MAX_MODEL_LEN": "256"}
     stock = stock_vllm(tmp_path, model)
     stock.command += ["--max-model-len", "256"]
     with stock:
         stock.wait_ready()
         wanted = embeddings(stock)
-    with Tensorserve(tmp_path, settings) as engine:
-        engine.wait_ready()
-        assert embeddings(engine) == wanted
-    # As tensorizer writes its module, with buffers that no checkpoint has.
+    # The last: as tensorizer writes its module, with buffers that no checkpoint has.
     foreign = write_bundle(AutoModel.from_pretrained(model), model, tmp_path / "foreign")
-    settings |= {"TENSORSERVE_MODEL_URI": str(foreign)}
-    del settings["TENSORSERVE_KEY_FILE"]
-    with Tensorserve(tmp_path, settings) as engine:
-        engine.wait_ready()
-        assert embeddings(engine) == wanted
+    for settings in (
+        pack(model, tmp_path),
+        pack(model, tmp_path, "vllm"),
+        {"TENSORSERVE_MODEL_URI": str(foreign)},
+    ):
+        with Tensorserve(tmp_path, settings | limit) as engine:
+            engine.wait_ready()
+            assert embeddings(engine) == wanted, settings
     cat, kitten, rates = (torch.tensor(vector) for vector in wanted)
     assert len(cat) == 384
     assert float(cat.norm()) == pytest.approx(1, abs=1e-3)

@@ -101,6 +101,7 @@ def test_key_and_passphrase_exclude_each_other() -> None:
     [
         ("TENSORSERVE_MODEL_URI", "gs://bucket/model", "the scheme 'gs' is not supported"),
         ("TENSORSERVE_MODEL_URI", "s3:///model", "no bucket"),
+        ("TENSORSERVE_MODEL_URI", "s3://b uck/model", "s3://b uck: that is not the name"),
         ("TENSORSERVE_MODEL_URI", " ", "is empty"),
         ("TENSORSERVE_PORT", "0", "is not a port"),
         ("TENSORSERVE_FETCH_CONNECTIONS", "0", "from 1 to 512"),

@@ -10,15 +10,11 @@ from __future__ import annotations
 import ctypes
 import threading
 
-from tensorserve.format.box import own_box
+from tensorserve.format.box import BOX_STATE_BYTES, StripHash, own_box
 from tensorserve.format.crypto import TagMismatchError, readable, writable
 
 # A strip begins at a multiple of it in its chunk, and ends at one or with the chunk.
 STRIP_ALIGNMENT = 64
-# struct box in secretbox.c.
-_STATE_BYTES = 128
-
-_Hash = ctypes.c_uint64 * 3
 
 
 def opens_strips() -> bool:
@@ -35,7 +31,7 @@ class StripOpener:
         assert box is not None
         assert box.strips is not None
         self._c = box.strips
-        self._state = ctypes.create_string_buffer(_STATE_BYTES)
+        self._state = ctypes.create_string_buffer(BOX_STATE_BYTES)
         self._c.begin(self._state, nonce, key)
         self._hashes: dict[int, tuple[int, ctypes.Array[ctypes.c_uint64]]] = {}
         self._lock = threading.Lock()
@@ -47,7 +43,7 @@ class StripOpener:
         """
         assert offset % STRIP_ALIGNMENT == 0
         assert len(sealed) == len(out)
-        found = _Hash()
+        found = StripHash()
         with readable(sealed) as source, writable(out) as target:
             self._c.open(self._state, found, target, source, offset, len(sealed))
         with self._lock:
@@ -61,7 +57,7 @@ class StripOpener:
         for offset, (length, _) in strips:
             assert offset == end
             end += length
-        hashes = (_Hash * len(strips))(*(found for _, (_, found) in strips))
+        hashes = (StripHash * len(strips))(*(found for _, (_, found) in strips))
         lengths = (ctypes.c_uint64 * len(strips))(*(length for _, (length, _) in strips))
         if self._c.check(self._state, hashes, lengths, len(strips), bytes(tag)):
             raise TagMismatchError("The authentication tag of a chunk does not fit.")

@@ -19,6 +19,7 @@ from tensorserve.errors import (
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access
 from tensorserve.sources.http import HttpSource
 from tensorserve.sources.retry import TryAgain
+from tensorserve.sources.s3_uri import split_s3
 
 _ERROR_CODE = re.compile(rb"<Code>([^<]+)</Code>")
 _NO_CREDENTIALS_HINT = (
@@ -305,15 +306,6 @@ def account_for(access: S3Access) -> S3Account:
         if access not in _accounts:
             _accounts[access] = S3Account(access)
         return _accounts[access]
-
-
-def split_s3(uri: str) -> tuple[str, str]:
-    """(bucket, key) of s3://bucket/key."""
-    # Not urlsplit: "?" and "#" are ordinary characters in a key.
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise ConfigurationError(f"{uri}: no bucket name.", hint="Use s3://bucket/prefix.")
-    return bucket, key
 
 
 def _skew(headers: Mapping[str, str]) -> str:
