@@ -1,4 +1,4 @@
-"""What vLLM itself, started from Python or by its own command, does with bundles of either layout."""
+"""What vLLM itself, from Python or by its own command, does with bundles of either layout."""
 
 from __future__ import annotations
 

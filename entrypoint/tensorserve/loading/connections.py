@@ -17,7 +17,7 @@ _LINEAR = 0.8
 # the step worth it.
 _SETTLE, _MEASURE = 0.15, 0.15
 _SLOW_START = 0.5
-# The first one is as short as the kernel's count of processor time allows (10 ms a tick).
+# The first one only has to tell a step that brings something from one that does not.
 _FIRST_MEASURE = 0.06
 # A rate that grows no faster than that from one measurement to the next has settled.
 _STEADY = 1.1
@@ -58,7 +58,7 @@ class Connections:
         self._settle: float | None = None  # seconds; None: nothing has come yet
         self._before: tuple[int, float] | None = None  # connections and rate before the last step
         self._mark: tuple[float, int] | None = None
-        self._measure = _FIRST_MEASURE
+        self._first = True
         self._factor = 4
         self._latest: float | None = None  # the rate with as many connections as now
         self._held: tuple[float, float] | None = None  # since when no step helps, and the rate then
@@ -71,10 +71,9 @@ class Connections:
         if self._mark is None:
             self._mark = (now, received)
             self._spare()
-            return self._measure
+            return _FIRST_MEASURE if self._first else _MEASURE
         began, had = self._mark
         self._mark = None
-        self._measure = _MEASURE
         rate = (received - had) / max(now - began, 1e-6)
         if self._held is not None:
             return self._hold(now, rate)
@@ -111,7 +110,10 @@ class Connections:
                 return self._settle
             if rate < _LINEAR * factor * slower:
                 self._factor = factor = 2
-        if self.target >= self._most or self._spare() < _SPARE:
+        # The processors' first moments tell nothing: all connections begin at once.
+        busy = self._spare() < _SPARE and not self._first
+        self._first = False
+        if self.target >= self._most or busy:
             self._held = now, rate
             return self._settle
         self._before = (self.target, rate)
