@@ -9,9 +9,6 @@ from tensorserve.sources.base import MOST_CONNECTIONS
 
 # A step by that factor must bring that much, else it is taken back.
 _WORTH = {2: 1.3, 4: 1.5}
-# As long as the rate follows a step that closely, each connection has a limit of its own, and the
-# next step may be as large.
-_LINEAR = 0.8
 # Seconds until new connections run (longer where the first byte took longer), and that a rate is
 # measured over. Shorter ones take a start for a limit: the rate before a step seems too low, and
 # the step worth it.
@@ -36,8 +33,8 @@ class Connections:
     """The number of connections that shall work now: `target`.
 
     `received` gives the bytes received so far. Call `step` again and again; it returns the seconds
-    until it wants to be called next. Hill climbing: fourfold, then twofold, as long as the rate
-    follows and the processors have time: `spare` gives the part of it without work since the call
+    until it wants to be called next. Hill climbing: fourfold once, then twofold, as long as the
+    rate follows and the processors have time: `spare` gives the part of it without work since the call
     before.
     """
 
@@ -97,28 +94,25 @@ class Connections:
         if self._before is not None and (latest is None or rate > _STEADY * latest):
             # Still on its way up. What comes later must not be credited to the next step.
             return _POLL
-        factor = self._factor
         if self._before is not None:
             before, slower = self._before
-            if rate < _WORTH[factor] * slower:
+            if rate < _WORTH[self._factor] * slower:
                 self.target = before
                 self._before = None
-                self._factor = 2
                 # After a step of four there is a number between.
-                if factor == 2:
+                if self._factor == 2:
                     self._held = now, max(rate, slower)
                 return self._settle
-            if rate < _LINEAR * factor * slower:
-                self._factor = factor = 2
+        first, self._first = self._first, False
         # The processors' first moments tell nothing: all connections begin at once.
-        busy = self._spare() < _SPARE and not self._first
-        self._first = False
+        busy = not first and self._spare() < _SPARE
         if self.target >= self._most or busy:
             self._held = now, rate
             return self._settle
         self._before = (self.target, rate)
         self._latest = None
-        self.target = min(self._most, self.target * factor)
+        self._factor = 4 if first else 2
+        self.target = min(self._most, self.target * self._factor)
         return self._settle
 
     def _hold(self, now: float, rate: float) -> float:
@@ -128,7 +122,6 @@ class Connections:
         # Nothing at all: the consumer is what is waited for.
         fallen = 0 < rate < _FALLEN * held
         if self.target < self._most and (fallen or now - since > _AGAIN):
-            self._factor = 2
             self._held = None
             self._before = None
         return self._settle

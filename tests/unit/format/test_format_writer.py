@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from tensorserve.format import (
     read_index,
     write_file,
 )
+from tensorserve.format import writer
 from tensorserve.format.dtypes import parse_dtype, raw_dtype
 from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
@@ -61,7 +64,9 @@ def planned(tensors: dict[str, torch.Tensor], kind: str) -> FilePlan:
     )
 
 
-def written(tensors: dict[str, torch.Tensor], kind: str) -> bytes:
+def written(
+    tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None
+) -> bytes:
     contents = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
 
     def read(record: TensorRecord, start: int, buffer: memoryview) -> None:
@@ -72,7 +77,7 @@ def written(tensors: dict[str, torch.Tensor], kind: str) -> bytes:
             self.extend(data)
 
     out = Output()
-    write_file(out, planned(tensors, kind), read, key=key_of(kind))
+    write_file(out, planned(tensors, kind), read, key=key_of(kind), threads=threads)
     return bytes(out)
 
 
@@ -257,3 +262,28 @@ def test_an_error_in_the_middle_ends_the_writing() -> None:
     plan = plan_file([TensorSpec("a", "uint8", (20 * 1024**2,))], encrypted=True)
     with pytest.raises(OSError, match="the disk is gone"):
         write_file(Output(), plan, read, key=FixedKey())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_threads_encrypt_than_were_allowed(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `pack --serialization-kwargs '{"limit_cpu_concurrency": N}'` comes down to."""
+    at_once, most, lock = 0, 0, threading.Lock()
+    seal = writer.seal_chunk
+
+    def counted(key: bytes, nonce: bytes, plaintext: memoryview, out: memoryview) -> bytes:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.005)
+        tag = seal(key, nonce, plaintext, out)
+        with lock:
+            at_once -= 1
+        return tag
+
+    monkeypatch.setattr(writer, "seal_chunk", counted)
+    content = {"t": torch.zeros(24 * 1024**2, dtype=torch.uint8)}
+    written(content, "key", threads=threads)
+    assert most == threads

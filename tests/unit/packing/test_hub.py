@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -40,6 +46,76 @@ def test_a_model_of_the_cache_is_packed_by_its_name(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert read_manifest(str(tmp_path / "out" / "vllm" / "tiny" / "v1"), Access()) is not None
+
+
+@contextmanager
+def hub(repository: Path, asked: list[str]) -> Iterator[str]:
+    """As much of the hub's HTTP interface as a download takes, for `tests/tiny`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def _answer(self, *, body: bool) -> None:
+            asked.append(self.path)
+            path = self.path.partition("?")[0]
+            name = path.rpartition("/")[2]
+            found, code = b"{}", 200
+            if path.startswith("/api/models/tests/tiny"):
+                files = [{"rfilename": file.name} for file in repository.iterdir()]
+                found = json.dumps({"id": "tests/tiny", "sha": REVISION, "siblings": files}).encode()
+            elif path == f"/tests/tiny/resolve/{REVISION}/{name}":
+                found = (repository / name).read_bytes()
+            else:
+                code = 404
+            self.send_response(code)
+            self.send_header("X-Repo-Commit", REVISION)
+            self.send_header("ETag", f'"{sha256(found).hexdigest()}"')
+            self.send_header("Content-Length", str(len(found)))
+            self.end_headers()
+            if body:
+                self.wfile.write(found)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
+    """What no cache has comes over HTTP, without pickles and code; the second time nothing does."""
+    repository = make_model(tmp_path / "repository")
+    (repository / "pytorch_model.bin").write_bytes(b"a pickle")
+    (repository / "modeling_tiny.py").write_text("code")
+    asked: list[str] = []
+    with hub(repository, asked) as endpoint:
+        environ = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint}
+        for number in (1, 2):
+            words = ["pack", "tests/tiny", str(tmp_path / f"out-{number}")]
+            run = subprocess.run(
+                [sys.executable, "-m", "tensorserve.cli", *words],
+                env=environ,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert run.returncode == 0, run.stderr
+            if number == 1:
+                first = len(asked)
+    assert len(asked) == first > 0
+    assert not any("pytorch_model" in path or ".py" in path for path in asked)
+    manifests = [read_manifest(str(tmp_path / f"out-{n}"), Access()) for n in (1, 2)]
+    assert manifests[0] is not None
+    assert manifests[0].files == manifests[1].files  # type: ignore[union-attr]
 
 
 def test_a_name_that_is_nowhere_is_refused(tmp_path: Path) -> None:

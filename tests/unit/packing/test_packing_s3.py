@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,42 @@ def test_large_tensors_go_up_in_parts(
     assert client.head_object(Bucket=bucket, Key=key)["ETag"].strip('"').endswith("-3")
     verify(prefix, access_of(s3), None)
     assert unfinished(client, bucket) == []
+
+
+def test_memory_does_not_grow_with_the_model(
+    s3: S3Server, tmp_path: Path, prefix: str
+) -> None:
+    """480 MB in tensors of 16 MiB: the parts on their way, and two tensors."""
+    source = tmp_path / "hf"
+    source.mkdir()
+    content = {f"t{i}": torch.full((16, MIB), i, dtype=torch.uint8) for i in range(30)}
+    save_file(content, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    script = """
+import re, sys
+from pathlib import Path
+import boto3
+from tensorserve import uploading
+from tensorserve.packing import pack
+from tensorserve.secret import Secret
+from tensorserve.sources import Access, S3Access
+def memory(field):
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+)", status)[1])
+endpoint, user, secret = sys.argv[3:]
+s3 = S3Access(endpoint_url=endpoint, region="us-east-1",
+              access_key_id=Secret(user), secret_access_key=Secret(secret))
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+pack(Path(sys.argv[1]), sys.argv[2], access=Access(s3=s3), key=Secret(bytes(32)))
+print((memory("VmHWM") - before) * 1024)
+"""
+    words = [str(source), prefix, s3.endpoint_url, s3.access_key, s3.secret_key]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
+    )
+    # botocore's own modules, too, come in on the way.
+    assert 32 * MIB < int(done.stdout) < 200 * MIB
 
 
 def test_the_manifest_comes_last(s3: S3Server, client: Any, model: Path, prefix: str) -> None:
