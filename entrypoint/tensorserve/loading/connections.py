@@ -34,8 +34,8 @@ class Connections:
 
     `received` gives the bytes received so far. Call `step` again and again; it returns the seconds
     until it wants to be called next. Hill climbing: fourfold once, then twofold, as long as the
-    rate follows and the processors have time: `spare` gives the part of it without work since the call
-    before.
+    rate follows and the processors have time: `spare` gives the part of their time without work
+    since the call before.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ from tensorserve.format import (
     read_header,
     read_index,
     write_file,
+    writer,
 )
-from tensorserve.format import writer
 from tensorserve.format.dtypes import parse_dtype, raw_dtype
 from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
@@ -64,9 +64,7 @@ def planned(tensors: dict[str, torch.Tensor], kind: str) -> FilePlan:
     )
 
 
-def written(
-    tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None
-) -> bytes:
+def written(tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None) -> bytes:
     contents = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
 
     def read(record: TensorRecord, start: int, buffer: memoryview) -> None:

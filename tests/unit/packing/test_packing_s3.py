@@ -106,9 +106,7 @@ def test_large_tensors_go_up_in_parts(
     assert unfinished(client, bucket) == []
 
 
-def test_memory_does_not_grow_with_the_model(
-    s3: S3Server, tmp_path: Path, prefix: str
-) -> None:
+def test_memory_does_not_grow_with_the_model(s3: S3Server, tmp_path: Path, prefix: str) -> None:
     """480 MB in tensors of 16 MiB: the parts on their way, and two tensors."""
     source = tmp_path / "hf"
     source.mkdir()
