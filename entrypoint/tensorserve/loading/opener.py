@@ -140,9 +140,9 @@ class Opener:
                 self._to_one_place(tensor)
             tensor.header = header
             early, tensor.early = tensor.early, []
-        # Each of these may be the tensor's last one.
-        complete = [self._settle(tensor, header, start, stop, None) for start, stop in early]
-        return self._passed(tensor, 1) or any(complete)
+        for start, stop in early:
+            self._settle(tensor, header, start, stop, None)
+        return self._passed(tensor, 1)
 
     def take(self, tensor: Pending, start: int, data: memoryview, *, placed: bool = False) -> bool:
         """What stands in the file from `start` of the tensor on; True when it is complete.
