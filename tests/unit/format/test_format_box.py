@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,15 @@ def opened_without_tag(cipher: bytes, nonce: bytes, key: bytes) -> bytes:
     return bytes(a ^ b for a, b in zip(cipher, stream, strict=True))
 
 
+def forgeries(parts: list[bytes]) -> Iterator[tuple[tuple[int, int], list[bytes]]]:
+    """((part, bit), `parts` with that bit flipped), for each bit of all of them."""
+    for which, part in enumerate(parts):
+        for bit in range(8 * len(part)):
+            forged = bytearray(part)
+            forged[bit // 8] ^= 1 << bit % 8
+            yield (which, bit), [*parts[:which], bytes(forged), *parts[which + 1 :]]
+
+
 @needs_avx512
 def test_every_single_bit_counts() -> None:
     """A flip anywhere in ciphertext, tag, nonce or key is refused, and nothing is written."""
@@ -90,12 +100,8 @@ def test_every_single_bit_counts() -> None:
     key, nonce, plain = chance.randbytes(32), chance.randbytes(24), chance.randbytes(1400)
     cipher, tag = sealed(own(), plain, nonce, key)
     parts = [cipher, tag, nonce, key]
-    for which, part in enumerate(parts):
-        for bit in range(8 * len(part)):
-            forged = bytearray(part)
-            forged[bit // 8] ^= 1 << bit % 8
-            changed = [*parts[:which], bytes(forged), *parts[which + 1 :]]
-            assert opened(own(), *changed) is None, (which, bit)
+    for which, changed in forgeries(parts):
+        assert opened(own(), *changed) is None, which
     assert opened(own(), *parts) == plain
 
 
