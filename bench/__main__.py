@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         if lines:
             content = {
                 "machine": started,
-                "arguments": {n: str(v) for n, v in vars(options).items()},
+                "arguments": results.arguments(options),
                 "model": {"bytes": model.bytes, "tensors": model.tensors, "digest": model.digest},
                 "cases": cases,
                 "lines": lines,

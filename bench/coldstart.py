@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             tables += _tables(packed, found)
     content = {
         "machine": machine,
-        "arguments": {n: str(v) for n, v in vars(options).items()},
+        "arguments": results.arguments(options),
         "starts": starts,
         "tables": tables,
     }

@@ -88,7 +88,7 @@ def _content(
 ) -> dict[str, object]:
     return {
         "machine": machine,
-        "arguments": {n: str(v) for n, v in vars(options).items()},
+        "arguments": results.arguments(options),
         "model": {"bytes": model.bytes, "tensors": model.tensors, "digest": model.digest},
         "cases": [{"name": place.name, "title": place.title}],
         "lines": [results.as_data(line) for line in found],

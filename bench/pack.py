@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
                 tables.append({"title": f"{target.title}, {kind}", "rows": rows(found, model)})
     content = {
         "machine": started,
-        "arguments": {n: str(v) for n, v in vars(options).items()},
+        "arguments": results.arguments(options),
         "model": {"bytes": model.bytes, "tensors": model.tensors, "digest": model.digest},
         "samples": samples,
         "tables": tables,

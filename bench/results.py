@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,6 +21,11 @@ from bench.directories import RESULTS, ROOT
 from bench.packages import LOCK
 from bench.running import Line, shown_option
 from tensorserve.format.box import fastest_box
+
+
+def arguments(options: argparse.Namespace) -> dict[str, str]:
+    """What was asked for; not where on this machine it was written."""
+    return {n: str(v) for n, v in vars(options).items() if not isinstance(v, Path)}
 
 
 @dataclass(frozen=True)

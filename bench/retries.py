@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     title = f"HTTP, {options.rate / 1e6:g} MB/s for all connections together, encrypted"
     content = {
         "machine": started,
-        "arguments": {n: str(v) for n, v in vars(options).items()},
+        "arguments": results.arguments(options),
         "model": {"bytes": model.bytes, "digest": model.digest},
         "samples": {str(share): found for share, found in samples.items()},
         "tables": [{"title": title, "rows": rows}],
