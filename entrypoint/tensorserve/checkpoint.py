@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -148,18 +149,24 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
 
 
 class CheckpointReader:
-    """Reads bytes of stored tensors. A file that changes meanwhile is a CorruptError."""
+    """Reads bytes of stored tensors, in any number of threads.
+
+    A file that changes meanwhile is a CorruptError.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
         self._sources: dict[Path, LocalSource] = {}
+        self._opening = threading.Lock()
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `start` of tensor `name`."""
         tensor = self._tensors[name]
-        if tensor.path not in self._sources:
-            self._sources[tensor.path] = LocalSource(tensor.path)
-        self._sources[tensor.path].read_into(tensor.offset + start, buffer)
+        with self._opening:
+            if tensor.path not in self._sources:
+                self._sources[tensor.path] = LocalSource(tensor.path)
+            source = self._sources[tensor.path]
+        source.read_into(tensor.offset + start, buffer)
 
     def close(self) -> None:
         """Closes the files."""

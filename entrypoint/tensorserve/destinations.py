@@ -13,16 +13,19 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import BufferedWriter
 from pathlib import Path
 
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.writer import Output
-from tensorserve.linux import fallocate
+from tensorserve.linux import fallocate, start_writing
 from tensorserve.manifest import MANIFEST, read_manifest
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, list_names
 
 _DISK_HINT = "Is the disk full or read-only? Pack to another one, or to s3://bucket/prefix."
+
+_DISK_STEP = 64 * 1024**2  # bytes
 
 
 class Destination(ABC):
@@ -178,15 +181,20 @@ class _Prefix(Destination):
 
 
 class _ExplainedFile:
-    """A file whose errors name it."""
+    """A file whose errors name it. It goes to the disk while it is written, not all at the end."""
 
-    def __init__(self, file: Output, path: Path) -> None:
+    def __init__(self, file: BufferedWriter, path: Path) -> None:
         self._file = file
         self._path = path
+        self._written = 0
 
     def write(self, data: bytes | memoryview, /) -> None:
         with _explained(self._path):
             self._file.write(data)
+        self._written += len(data)
+        if self._written >= _DISK_STEP:
+            self._written = 0
+            start_writing(self._file.fileno())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -167,10 +168,13 @@ def _source(connection: Connection, offer: dict[str, Any]) -> TensorsSource:
     specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in offer["tensors"])
     numbers = {spec.name: number for number, spec in enumerate(specs)}
 
+    asking = threading.Lock()
+
     def read(name: str, start: int, buffer: memoryview) -> None:
         try:
-            connection.send_bytes(REQUEST.pack(numbers[name], start, len(buffer)))
-            sent = connection.recv_bytes_into(buffer)
+            with asking:
+                connection.send_bytes(REQUEST.pack(numbers[name], start, len(buffer)))
+                sent = connection.recv_bytes_into(buffer)
         except (EOFError, OSError) as error:
             raise TensorserveError(f"vLLM ended while {name!r} was read from it.") from error
         if sent != len(buffer):

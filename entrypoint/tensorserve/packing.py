@@ -102,7 +102,7 @@ def pack(
     `dest` is a directory or s3://bucket/prefix; `overwrite` lets a bundle there be replaced. With a
     key or a passphrase (not both) the tensors are encrypted, those of `adapters` (lora.py) as well.
     `dtype` converts the model's floating-point tensors (casting.py); `threads` bounds how many
-    encrypt. Memory: the largest tensor, and a few 16 MiB parts for S3. On any error,
+    encrypt. Memory: three of the largest tensors, four parts of 16 MiB for S3. On any error,
     KeyboardInterrupt included, what was written is removed. Raises ConfigurationError for an unfit
     source, destination or key, CorruptError for a damaged source, and the destination's errors.
 

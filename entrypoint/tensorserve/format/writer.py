@@ -1,9 +1,9 @@
 """How is a .tensors file written from front to back, to something that can only append?
 
 All sizes are known before the first byte: the whole index is planned from names, dtypes and shapes,
-then each tensor goes through one buffer: read, hashed, sealed, written. The layout is tensorizer
-2.12.1's (serialization.py, _crypt_info.py), except that the index takes what it needs where
-tensorizer reserves (and is limited to) 256 KiB.
+then some tensors at a time are read, hashed and sealed, and written in their order. The layout is
+tensorizer 2.12.1's (serialization.py, _crypt_info.py), except that the index takes what it needs
+where tensorizer reserves (and is limited to) 256 KiB.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,10 @@ from tensorserve.format.records import KIND_STATE_DICT, FileIndex, TensorRecord
 CHUNK_BYTES = 2 * 1024**2  # bytes, tensorizer's
 # Read, hashed and written at once; a multiple of the chunk size.
 _STEP = 8 * 1024**2
+# One that is written, two that are made ready; more of smaller ones.
+_TENSORS_AT_ONCE = 3
+# Four hash 5 GB/s: more than one stream to a disk or a bucket takes.
+_MOST_THREADS = 4
 _MAX_NAME = 2**16 - 1  # bytes: its length has 16 bits
 _MAX_DIMENSIONS = 255
 _LONG_DIMENSION = 2**32  # from here on, dimensions take 8 bytes each
@@ -152,10 +157,10 @@ def write_file(
 ) -> str:
     """Writes the planned file to ``out``; gives the SHA-256 (hex) of all tensor headers in order.
 
-    ``read`` fills a buffer with bytes of a tensor; ``on_bytes`` is told of data written, in bytes;
-    ``threads`` encrypt, else as many as help.
-    Memory: the largest tensor. Raises what ``read`` and ``out`` raise, ValueError if a key is given
-    for a plain file or none for an encrypted one, and the key's errors.
+    ``read`` fills a buffer with bytes of a tensor, called by several threads; ``on_bytes`` is told
+    of data written, in bytes; ``threads`` hash and encrypt, else as many as help.
+    Memory: three times the largest tensor. Raises what ``read`` and ``out`` raise, ValueError if a
+    key is given for a plain file or none for an encrypted one, and the key's errors.
     """
     if (key is not None) != plan.index.encrypted:
         raise ValueError("a key is needed for an encrypted file, and only for that")
@@ -163,58 +168,75 @@ def write_file(
     secret = _resolve(plan, key)
     headers = hashlib.sha256()
     out.write(plan.prologue)
-    buffer = memoryview(bytearray(max(tensor.length for tensor in tensors)))
     # One random start for the file, counted on from chunk to chunk: no nonce comes twice.
     start, used = os.urandom(NONCE_SIZE), 0
-    threads = threads or min(4, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-seal") as pool:
-        for record in tensors:
-            data = buffer[: record.length]
-            nonce = nonce_at(start, used)
-            header = _take(plan, record, data, read, secret, nonce, pool)
-            used += _chunks(record.length)
-            headers.update(header)
-            out.write(header)
-            for begin in range(0, record.length, _STEP):
-                piece = data[begin : begin + _STEP]
-                out.write(piece)
-                on_bytes(len(piece))
+    # Tensors are made ready in threads, and written here, in their order.
+    threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    waiting: deque[tuple[TensorRecord, Future[tuple[bytes, memoryview]]]] = deque()
+    room = _TENSORS_AT_ONCE * max(tensor.length for tensor in tensors)
+    making = _Making(plan, read, secret)
+
+    def write_next() -> None:
+        record, job = waiting.popleft()
+        header, data = job.result()
+        headers.update(header)
+        out.write(header)
+        for begin in range(0, record.length, _STEP):
+            piece = data[begin : begin + _STEP]
+            out.write(piece)
+            on_bytes(len(piece))
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-pack") as pool:
+        try:
+            for record in tensors:
+                while waiting and record.length > room - sum(held.length for held, _ in waiting):
+                    write_next()
+                waiting.append((record, pool.submit(making.make, record, nonce_at(start, used))))
+                used += _chunks(record.length)
+            while waiting:
+                write_next()
+        except BaseException:
+            making.stopped = True
+            pool.shutdown(cancel_futures=True)
+            raise
     out.write(bytes(TERMINATOR_SIZE))
     return headers.hexdigest()
 
 
-def _take(
-    plan: FilePlan,
-    record: TensorRecord,
-    data: memoryview,
-    read: ReadTensor,
-    secret: bytes | None,
-    nonce: bytes,
-    pool: ThreadPoolExecutor,
-) -> bytes:
-    """Fills ``data`` with the tensor as it will stand in the file; gives its header."""
-    template = _header(record, _unhashed(plan, record), _crypto(plan, record, nonce, b""))
-    crypto_start, crypto_stop = _crypto_bounds(plan, record, template)
-    hashed = template[:crypto_start] + template[crypto_stop:]
-    sha256, crc32 = hashlib.sha256(hashed), zlib.crc32(hashed)
-    sealed = secret is not None and record.length > 0
-    jobs = []
-    for begin in range(0, record.length, _STEP):
-        piece = data[begin : begin + _STEP]
-        read(record, begin, piece)
-        sha256.update(piece)
-        if not sealed:
-            crc32 = zlib.crc32(piece, crc32)
-            continue
-        assert secret is not None
-        # Hashed already, so other cores may encrypt it in place while the next piece is read.
-        for at in range(begin, begin + len(piece), CHUNK_BYTES):
-            number = nonce_at(nonce, at // CHUNK_BYTES)
-            chunk = data[at : min(at + CHUNK_BYTES, record.length)]
-            jobs.append(pool.submit(seal_chunk, secret, number, chunk, chunk))
-    tags = b"".join(job.result() for job in jobs)
-    hashes = _hashes(None if sealed else crc32, sha256.digest())
-    return _header(record, hashes, _crypto(plan, record, nonce, tags))
+class _Making:
+    """Makes tensors as they will stand in the file; from several threads at once."""
+
+    def __init__(self, plan: FilePlan, read: ReadTensor, secret: bytes | None) -> None:
+        self._plan = plan
+        self._read = read
+        self._secret = secret
+        self.stopped = False
+
+    def make(self, record: TensorRecord, nonce: bytes) -> tuple[bytes, memoryview]:
+        """(header, data), the latter in memory of its own."""
+        plan = self._plan
+        template = _header(record, _unhashed(plan, record), _crypto(plan, record, nonce, b""))
+        crypto_start, crypto_stop = _crypto_bounds(plan, record, template)
+        hashed = template[:crypto_start] + template[crypto_stop:]
+        sha256, crc32 = hashlib.sha256(hashed), zlib.crc32(hashed)
+        secret = self._secret if record.length else None
+        data = memoryview(bytearray(record.length))
+        tags = bytearray()
+        for begin in range(0, record.length, _STEP):
+            if self.stopped:
+                break  # nobody takes the result
+            piece = data[begin : begin + _STEP]
+            self._read(record, begin, piece)
+            sha256.update(piece)
+            if secret is None:
+                crc32 = zlib.crc32(piece, crc32)
+                continue
+            for at in range(0, len(piece), CHUNK_BYTES):
+                chunk = piece[at : at + CHUNK_BYTES]
+                number = nonce_at(nonce, (begin + at) // CHUNK_BYTES)
+                tags += seal_chunk(secret, number, chunk, chunk)
+        hashes = _hashes(crc32 if secret is None else None, sha256.digest())
+        return _header(record, hashes, _crypto(plan, record, nonce, bytes(tags))), data
 
 
 def _resolve(plan: FilePlan, key: FileKey | None) -> bytes | None:

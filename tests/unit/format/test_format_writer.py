@@ -282,6 +282,8 @@ def test_no_more_threads_encrypt_than_were_allowed(
         return tag
 
     monkeypatch.setattr(writer, "seal_chunk", counted)
-    content = {"t": torch.zeros(24 * 1024**2, dtype=torch.uint8)}
+    # As many at a time as three of the largest take, one of them a long one here.
+    content = {"long": torch.zeros(6 * 1024**2, dtype=torch.uint8)}
+    content |= {f"t{n}": torch.zeros(2 * 1024**2, dtype=torch.uint8) for n in range(12)}
     written(content, "key", threads=threads)
     assert most == threads

@@ -235,13 +235,13 @@ except ConfigurationError as error:
     assert list(bundle_of(tmp_path).parent.iterdir()) == []
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """120 MB in tensors of 8 MB: far below two of them above what the imports take."""
+def test_memory_is_bounded_by_the_largest_tensors(tmp_path: Path) -> None:
+    """240 MB in tensors of 8 MB: three of them at a time, and what malloc keeps for its threads."""
     source = tmp_path / "hf"
     source.mkdir()
     megabytes = 8
     save_file(
-        {f"t{i}": torch.full((megabytes, 1024, 1024), i, dtype=torch.uint8) for i in range(15)},
+        {f"t{i}": torch.full((megabytes, 1024, 1024), i, dtype=torch.uint8) for i in range(30)},
         source / "model.safetensors",
     )
     (source / "config.json").write_text("{}")
@@ -262,8 +262,8 @@ print((memory("VmHWM") - before) * 1024)
 """
     words = [sys.executable, "-c", script, str(source), str(bundle_of(tmp_path))]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    # The buffer is filled, so at least that much must have been seen.
-    assert 0.9 * megabytes * 1024**2 < int(done.stdout) < 2 * megabytes * 1024**2
+    # One at least is filled, so that much must have been seen.
+    assert 0.9 * megabytes * 1024**2 < int(done.stdout) < 5 * megabytes * 1024**2
 
 
 # Sources that will not do -------------------------------------------------------------------------
