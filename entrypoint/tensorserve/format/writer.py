@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Protocol
 
 from tensorserve.errors import ConfigurationError
@@ -220,7 +221,8 @@ class _Making:
         hashed = template[:crypto_start] + template[crypto_stop:]
         sha256, crc32 = hashlib.sha256(hashed), zlib.crc32(hashed)
         secret = self._secret if record.length else None
-        data = memoryview(bytearray(record.length))
+        # From the kernel and back to it: malloc would keep what each thread once had.
+        data = memoryview(mmap(-1, record.length) if record.length else b"")
         tags = bytearray()
         for begin in range(0, record.length, _STEP):
             if self.stopped:
