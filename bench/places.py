@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +20,13 @@ from bench.model import Model
 from bench.page_cache import evict, resident_share, warm
 from bench.slow_s3 import file_server, slow_front
 
+from certificates import PrivateCA  # isort: skip
 from s3server import S3Server  # isort: skip
 
 BUCKET = "bench"
 RATE = 10 * 1024**2  # bytes a second for a connection
 DELAY = 0.02  # seconds
-NAMES = ("file-warm", "file-cold", "http", "s3", "s3-like")
+NAMES = ("file-warm", "file-cold", "http", "https", "s3", "s3-like")
 _VOLUMES_SECONDS = 20.0
 # A file that was to be dropped and of which more than this is still there was not cold.
 _COLD_SHARE = 0.02
@@ -50,13 +52,14 @@ def open_place(name: str, model: Model, *, rate: int, delay: float) -> Iterator[
     """The case `name`; what it started is stopped at the end. `rate` and `delay` are s3-like's."""
     if name in {"file-warm", "file-cold"}:
         yield _local(name, model)
-    elif name == "http":
-        with file_server(model.directory) as server:
+    elif name in {"http", "https"}:
+        with _web_server(model, name) as (url, environment):
             uris = {
-                kind: f"{server.url}/{file.relative_to(model.directory)}"
+                kind: f"{url}/{file.relative_to(model.directory)}"
                 for kind, file in model.files.items()
             }
-            yield Place(name, "HTTP on loopback: nginx, as fast as it goes", uris)
+            title = f"{name.upper()} on loopback: nginx, as fast as it goes"
+            yield Place(name, title, uris, environment)
     else:
         with served_by_s3(model) as server:
             uris = {kind: f"s3://{BUCKET}/{_object(model, kind)}" for kind in model.files}
@@ -73,6 +76,20 @@ def open_place(name: str, model: Model, *, rate: int, delay: float) -> Iterator[
                     "byte (nginx before SeaweedFS)"
                 )
                 yield Place(name, title, uris, environment, facts=facts)
+
+
+@contextmanager
+def _web_server(model: Model, scheme: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(its URL, what lets a client trust it)."""
+    if scheme == "http":
+        with file_server(model.directory) as server:
+            yield server.url, {}
+        return
+    with TemporaryDirectory() as directory:
+        ca = PrivateCA(Path(directory))
+        with file_server(model.directory, ca.certificate()) as server:
+            # Python's name, and curl's, by which tensorizer reads.
+            yield server.url, dict.fromkeys(("SSL_CERT_FILE", "CURL_CA_BUNDLE"), str(ca.bundle))
 
 
 @contextmanager

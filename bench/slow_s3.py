@@ -49,8 +49,9 @@ http {{
 }}
 """
 _FILES = """
-    server {{ listen 127.0.0.1:{port}; root "{root}"; }}
+    server {{ listen 127.0.0.1:{port}{tls}; root "{root}"; }}
 """
+_TLS = ' ssl; ssl_certificate "{file}"; ssl_certificate_key "{file}"'
 _FRONT = """
     upstream s3 {{ server {upstream}; keepalive 128; }}
     server {{
@@ -77,16 +78,17 @@ _FRONT = """
 class Nginx:
     """`with Nginx(...) as server:`; it is stopped at the end, whatever happens."""
 
-    def __init__(self, servers: str, port: int) -> None:
+    def __init__(self, servers: str, port: int, scheme: str = "http") -> None:
         self._servers = servers
+        self._scheme = scheme
         self.port = port
         self._process: subprocess.Popen[bytes] | None = None
         self._directory = CACHE / f"nginx-{port}"
 
     @property
     def url(self) -> str:
-        """http://127.0.0.1:port"""
-        return f"http://127.0.0.1:{self.port}"
+        """http(s)://127.0.0.1:port"""
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Nginx:
         program = ensure_nginx()
@@ -161,10 +163,12 @@ def slow_front(upstream: str, *, rate: int, delay: float) -> Nginx:
     return Nginx(servers, port)
 
 
-def file_server(root: Path) -> Nginx:
-    """The files below `root`, as fast as it goes."""
+def file_server(root: Path, certificate: Path | None = None) -> Nginx:
+    """The files below `root`, as fast as it goes; over TLS with a `certificate` (and its key)."""
     (port,) = free_ports(1)
-    return Nginx(_FILES.format(port=port, root=root), port)
+    tls = _TLS.format(file=certificate) if certificate else ""
+    servers = _FILES.format(port=port, root=root, tls=tls)
+    return Nginx(servers, port, "https" if certificate else "http")
 
 
 def ensure_nginx() -> str:

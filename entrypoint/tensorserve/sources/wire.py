@@ -6,6 +6,8 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Callable
+from functools import partial
 from http.client import HTTPResponse
 from urllib.parse import urlsplit
 
@@ -29,6 +31,8 @@ MAX_ERROR_BODY = 64 * 1024
 # Received in one call: large enough that Python's share is small, small enough that the rate of a
 # slow connection (10 MB/s: 25 ms) can be seen from outside.
 _AT_ONCE = 256 * 1024
+# So long a slow TLS connection may gather records before they are shown.
+_TLS_SECONDS = 0.025
 
 
 class Closing:
@@ -62,7 +66,7 @@ class Body:
         raw = getattr(response, "_fp", None)
         counted = isinstance(raw, HTTPResponse) and not raw.chunked and raw.length is not None
         self._raw: HTTPResponse | None = raw if counted else None
-        self._socket: socket.socket | None = None
+        self._receive: Callable[[memoryview], int] | None = None
 
     def fill(self, buffer: memoryview) -> int:
         """Fill `buffer` as far as the body goes, or time; gives the bytes, 0 at the end.
@@ -77,33 +81,71 @@ class Body:
         if raw.fp is None or not raw.length:
             return 0
         wanted = buffer[: raw.length]
-        if self._socket is not None:
-            count = self._receive(self._socket, wanted)
+        if self._receive is not None:
+            count = self._receive(wanted)
         else:
             count = raw.fp.readinto1(wanted)
             if count < len(wanted):
                 # What came along with the header is used up: from here on it is the socket alone.
-                self._socket = _plain_socket(raw, self._seconds)
+                self._receive = _receiver(raw, self._seconds)
         raw.length -= count
         if not raw.length or not count:
             raw.close()  # frees the connection for the next request
         return int(count)
 
-    def _receive(self, plain: socket.socket, wanted: memoryview) -> int:
-        # The kernel waits for all of it: one call for many packets, instead of one, with Python's
-        # lock, for each. SO_RCVTIMEO ends it with what has come.
-        count = min(len(wanted), _AT_ONCE)
+
+def _receiver(raw: HTTPResponse, seconds: float) -> Callable[[memoryview], int] | None:
+    """What reads the socket below a response, as long as it is one of Python's own."""
+    found = getattr(getattr(raw.fp, "raw", None), "_sock", None)
+    if type(found) is socket.socket:
+        _wait_in_kernel(found, seconds)
+        return partial(_receive_plain, found)
+    if type(found) is ssl.SSLSocket:
+        return _TlsReceiver(found).receive
+    return None
+
+
+def _receive_plain(plain: socket.socket, wanted: memoryview) -> int:
+    # The kernel waits for all of it: one call for many packets, instead of one, with Python's lock,
+    # for each. SO_RCVTIMEO ends it with what has come.
+    count = min(len(wanted), _AT_ONCE)
+    try:
+        return plain.recv_into(wanted, count, socket.MSG_WAITALL)
+    except BlockingIOError as error:
+        raise TimeoutError("nothing came in time") from error
+
+
+class _TlsReceiver:
+    """Reads a TLS connection, which gives one record (16 KiB at most) at a time.
+
+    So the records are gathered here, where nothing else is done between two of them.
+    """
+
+    def __init__(self, tls: ssl.SSLSocket) -> None:
+        self._tls = tls
+        self._failure: OSError | None = None
+
+    def receive(self, wanted: memoryview) -> int:
+        """Some of `wanted`; what failed after its first bytes is raised by the next call."""
+        if self._failure is not None:
+            raise self._failure
+        read, size = self._tls.recv_into, min(len(wanted), _AT_ONCE)
+        until = time.monotonic() + _TLS_SECONDS
+        count = 0
         try:
-            return plain.recv_into(wanted, count, socket.MSG_WAITALL)
-        except BlockingIOError as error:
-            raise TimeoutError("nothing came in time") from error
+            while count < size:
+                got = read(wanted[count:size])
+                count += got
+                if not got or time.monotonic() > until:
+                    break
+        except OSError as error:
+            if not count:
+                raise
+            self._failure = error
+        return count
 
 
-def _plain_socket(raw: HTTPResponse, seconds: float) -> socket.socket | None:
-    """The socket below a response, set to wait in the kernel; None for TLS."""
-    plain = getattr(getattr(raw.fp, "raw", None), "_sock", None)
-    if type(plain) is not socket.socket:
-        return None
+def _wait_in_kernel(plain: socket.socket, seconds: float) -> None:
     whole = int(seconds)
     plain.setsockopt(
         socket.SOL_SOCKET,
@@ -113,7 +155,6 @@ def _plain_socket(raw: HTTPResponse, seconds: float) -> socket.socket | None:
     # Python's own timeout would make the socket non-blocking. urllib3 sets it again for the next
     # request on this connection.
     plain.settimeout(None)
-    return plain
 
 
 def read_error_body(response: urllib3.BaseHTTPResponse, seconds: float) -> bytes:

@@ -31,6 +31,12 @@ class PrivateCA:
 
     def context(self, address: str = "127.0.0.1", *, expired: bool = False) -> ssl.SSLContext:
         """The server's side, with a certificate for `address`."""
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_cert_chain(self.certificate(address, expired=expired))
+        return made
+
+    def certificate(self, address: str = "127.0.0.1", *, expired: bool = False) -> Path:
+        """A file with a certificate for `address` and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         end = _now() - _HOUR if expired else _now() + _HOUR
         builder = _builder(_name("a server"), self._name, key.public_key(), end)
@@ -47,9 +53,7 @@ class PrivateCA:
                 serialization.NoEncryption(),
             )
         )
-        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        made.load_cert_chain(path)
-        return made
+        return path
 
 
 def _builder(
