@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 import ssl
-from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from certificates import PrivateCA
 from faultserver import Asked, FaultServer, Reply
 from tensorserve.errors import ConfigurationError, SourceUnavailableError
 from tensorserve.secret import Secret
@@ -31,44 +25,15 @@ def answer(asked: Asked) -> Reply:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of 127.0.0.1 that is its own CA, with its key in the same file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a private CA")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-            critical=False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return path
+def ca(tmp_path_factory: pytest.TempPathFactory) -> PrivateCA:
+    """A CA that nobody trusts by default."""
+    return PrivateCA(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
-def context(certificate: Path) -> ssl.SSLContext:
+def context(ca: PrivateCA) -> ssl.SSLContext:
     """The server's side."""
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.load_cert_chain(certificate)
-    return made
+    return ca.context()
 
 
 def s3_access(server: FaultServer, ca_bundle: str | None) -> Access:
@@ -84,19 +49,19 @@ def s3_access(server: FaultServer, ca_bundle: str | None) -> Access:
 
 
 def test_s3_behind_a_private_ca_is_read_with_its_bundle(
-    context: ssl.SSLContext, certificate: Path
+    context: ssl.SSLContext, ca: PrivateCA
 ) -> None:
     """F16: AWS_CA_BUNDLE."""
     with FaultServer(answer, tls=context) as server:
-        source = open_source("s3://b/m", s3_access(server, str(certificate)))
+        source = open_source("s3://b/m", s3_access(server, str(ca.bundle)))
         assert source.read(100_000, 50_000) == DATA[100_000:150_000]
 
 
 def test_http_behind_a_private_ca_is_read_with_ssl_cert_file(
-    context: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+    context: ssl.SSLContext, ca: PrivateCA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F16: what the hint of the error says does work."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.bundle))
     with FaultServer(answer, tls=context) as server:
         source = open_source(f"{server.url}/m", Access(policy=POLICY))
         assert source.read(0, len(DATA)) == DATA
@@ -124,10 +89,10 @@ def test_a_ca_bundle_that_does_not_exist_is_said_as_such(context: ssl.SSLContext
 
 
 def test_a_redirect_from_https_to_http_is_refused(
-    context: ssl.SSLContext, certificate: Path, monkeypatch: pytest.MonkeyPatch
+    context: ssl.SSLContext, ca: PrivateCA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F17: weights (and what stands in the URL) do not leave TLS."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.bundle))
     with FaultServer(answer) as plain:
         away = Reply(302, {"Location": f"{plain.url}/m"})
         with (
