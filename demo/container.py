@@ -10,10 +10,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from configparser import ConfigParser
 from pathlib import Path
 
-from s3server import OPTIONS, make_bucket, write_identities
+from s3server import OPTIONS, READY_SECONDS, make_bucket, write_identities
 from smollm2 import ensure_model
 
 DIRECTORY = Path("/var/lib/tensorserve/demo")
@@ -40,6 +41,7 @@ def serve_s3() -> None:
 
 def pack_model() -> int:
     """Make the model, pack and encrypt it into the bucket; nothing if that was done before."""
+    _wait_for_credentials()
     access_key, secret_key = _credentials()
     make_bucket("models", ENDPOINT_URL, access_key, secret_key)
     done = DIRECTORY / "packed"
@@ -57,6 +59,15 @@ def pack_model() -> int:
     shutil.rmtree(model)
     done.touch()
     return 0
+
+
+def _wait_for_credentials() -> None:
+    """The server makes them, and was started at the same time."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not CREDENTIALS.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"{CREDENTIALS} did not come: is the service s3 running?")
+        time.sleep(0.1)
 
 
 def _make_credentials() -> None:

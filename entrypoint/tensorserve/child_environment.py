@@ -24,7 +24,7 @@ CHILD_NAMES = frozenset(
 CHILD_PREFIXES = (
     "LC_", "XDG_", "VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "OMP_", "MKL_", "KMP_",
     "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "HF_", "TRANSFORMERS_",
-    "TOKENIZERS_", "RAY_", "MALLOC_", "FLASHINFER_",
+    "TOKENIZERS_", "RAY_", "MALLOC_", "FLASHINFER_", "TILELANG_",
 )  # fmt: skip
 CHILD_NEVER = frozenset(FLAG_ALIASES) | {"HUGGING_FACE_HUB_TOKEN"}
 

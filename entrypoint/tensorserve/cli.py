@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -21,6 +22,8 @@ SIGINT_CODE = 130
 def main(argv: list[str] | None = None) -> int:
     """Run one command; give the process's exit code."""
     words = sys.argv[1:] if argv is None else argv
+    # A core file would hold keys and weights in plain text.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if words[:1] == ["container"]:
         words = _container_words(words[1:])
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from tensorserve.telemetry import EventLog, events_path
 
 def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
     """Check, fetch the small files, and become `vllm serve`. Raises rather than start it wrong."""
-    no_core_dumps()
     start, environ = current_start(environ, arguments)
     settings = start.settings
     prepare_state_dir(settings.state_dir)
@@ -73,11 +71,6 @@ def become_vllm(plan: LaunchPlan, state_dir: Path, reference: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(found, argv, environment)
-
-
-def no_core_dumps() -> None:
-    """A core file would hold the key and the weights in plain text."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _secret_config(flags: tuple[tuple[str, Secret], ...], state_dir: Path) -> Path:

@@ -26,7 +26,6 @@ from tensorserve.errors import (
     SourceUnavailableError,
     UsageError,
 )
-from tensorserve.launch import no_core_dumps
 from tensorserve.plan import make_plan
 from tensorserve.preflight import check_port, prepare_state_dir
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
@@ -52,7 +51,6 @@ _TICK = 0.1
 
 def up(environ: Mapping[str, str], arguments: tuple[str, ...]) -> int:
     """Run the whole container until it ends; give its exit code."""
-    no_core_dumps()
     settings = Settings.from_environment(environ)
     plan = make_plan(settings, arguments)
     prepare_state_dir(settings.state_dir)

@@ -27,7 +27,7 @@ OWNED = {
     "tokenizer": "The tokenizer comes from the bundle",
     "hf-config-path": "The configuration comes from the bundle",
     "config": "Set single flags with TENSORSERVE_VLLM_<FLAG>, or pass them after `--`",
-    "headless": "Several machines are not supported yet",
+    "headless": "Several machines take Ray: see docs/kubernetes.md",
 }
 # Have a variable of their own, so that other parts of the start know them too.
 RENAMED = {

@@ -518,17 +518,22 @@ def test_no_image_names_a_registry() -> None:
 
 
 def overlays_of_the_page() -> list[str]:
-    """The kustomizations that the page tells users to write."""
-    found = re.findall(r"^( *)cat > \S+ <<'END'\n(.*?)\n\1END$", PAGE.read_text(), re.M | re.S)
-    return [textwrap.dedent(text) for _, text in found]
+    """The commands that the page gives to write an overlay."""
+    found = re.findall(
+        r"^( *)(mkdir -p \S+\n *cat > \S+ <<'END'\n.*?\n)\1END$", PAGE.read_text(), re.M | re.S
+    )
+    return [textwrap.dedent(space + text + "END\n") for space, text in found]
 
 
-@pytest.mark.parametrize("text", overlays_of_the_page())
-def test_an_overlay_of_the_page_can_be_rendered(tmp_path: Path, text: str) -> None:
-    """Copied and pasted, beside the one that is there."""
-    folder = copy_with_secrets(tmp_path) / "overlays" / "my-model"
-    folder.mkdir()
-    (folder / "kustomization.yaml").write_text(text)
+@pytest.mark.parametrize("commands", overlays_of_the_page())
+def test_an_overlay_of_the_page_can_be_rendered(tmp_path: Path, commands: str) -> None:
+    """Copied and pasted, in a checkout."""
+    (tmp_path / "deploy").mkdir()
+    copy = copy_with_secrets(tmp_path / "deploy")
+    there = set((copy / "overlays").iterdir())
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True)
+    (folder,) = set((copy / "overlays").iterdir()) - there
+    text = (folder / "kustomization.yaml").read_text()
     manifests = {m["kind"]: m for m in render(folder)}
     for kind, manifest in manifests.items():
         if kind not in CUSTOM:
@@ -548,9 +553,9 @@ def test_an_overlay_of_the_page_can_be_rendered(tmp_path: Path, text: str) -> No
 def test_the_page_names_files_that_are_there() -> None:
     """Or that it tells how to make."""
     text = PAGE.read_text()
-    made = {*SECRET_FILES, "my-model"}
+    made = {*SECRET_FILES, "my-model", "second"}
     for name in set(re.findall(r"\b((?:deploy|docs|config)/[\w./-]+\w)", text)):
-        assert (ROOT / name).exists() or Path(name).name in made, name
+        assert (ROOT / name).exists() or made & {Path(name).name, Path(name).parent.name}, name
     assert len(overlays_of_the_page()) == 2
     for example in EXAMPLES:
         assert f"deploy/kubernetes/{example}" in text

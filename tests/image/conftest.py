@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containers import podman
+from containers import USER, podman
 
 from tensorserve.cli import main as tensorserve
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """The encrypted model and its key, readable by whatever user the container has."""
+    """The encrypted model, and its key as `pack` writes it: readable by USER alone."""
     base = tmp_path_factory.mktemp("bundle")
     words = ["pack", str(model_dir), str(base / "model"), "--encrypt"]
     assert tensorserve([*words, "--key-file", str(base / "key")]) == 0
-    (base / "key").chmod(0o444)
+    os.chown(base / "key", USER, 0)
+    assert (base / "key").stat().st_mode & 0o777 == 0o600
     for path in (base, *base.parents[:2]):
         path.chmod(0o755)
     return base

@@ -13,6 +13,8 @@ import pytest
 from running import request
 from s3server import free_ports
 
+# An arbitrary user of group 0: nobody that the image knows.
+USER = 123456
 IMAGE = os.environ.get("TEST_IMAGE", "localhost/tensorserve:cpu")
 ENGINE = "podman"
 os.environ.setdefault("CONTAINERS_CONF", str(Path(__file__).with_name("containers.conf")))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 
 import pytest
-from containers import IMAGE, LOCAL, complaints, needs_podman, podman, run
+from containers import IMAGE, LOCAL, USER, complaints, needs_podman, podman, run
 from running import request
 from s3server import free_ports
 
 from tensorserve import __version__
+from tensorserve.cli import main as tensorserve
 
 pytestmark = needs_podman
 ROOT = Path(__file__).parents[2]
@@ -22,12 +25,13 @@ ROOT = Path(__file__).parents[2]
 def test_the_documented_command_starts(bundle: Path) -> None:
     """docs/image.md's `docker run`, word for word but for the ports, and what podman needs here."""
     text = (ROOT / "docs/image.md").read_text()
-    (block,) = re.findall(r"^    docker run ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    (block,) = re.findall(r"^    docker run (--user (?:.*\\\n)*.*)$", text, re.MULTILINE)
     api, metrics = free_ports(2)
     block = block.replace("\\\n", " ").replace("$PWD", str(bundle))
     block = block.replace("-p 8000:8000 -p 9400:9400", f"-p {api}:8000 -p {metrics}:9400")
     block = block.replace("/model.key:/run", "/key:/run").replace(" tensorserve:cpu", f" {IMAGE}")
     block = block.replace("tensorserve-cache:", "tensorserve-test-documented:")
+    block = block.replace("$(id -u)", str(USER))
     name = "tensorserve-test-documented"
     podman("rm", "--force", name)
     done = podman("run", "--detach", "--name", name, *LOCAL, *shlex.split(block))
@@ -44,6 +48,27 @@ def test_the_documented_command_starts(bundle: Path) -> None:
     finally:
         podman("rm", "--force", name)
         podman("volume", "rm", name)
+
+
+def test_the_documented_packing_packs(tmp_path: Path, model_dir: Path) -> None:
+    """docs/image.md's `pack`, as a user of whom the image knows nothing."""
+    text = (ROOT / "docs/image.md").read_text()
+    (line,) = re.findall(r"^    docker run (--rm .* pack .*)$", text, re.MULTILINE)
+    shutil.copytree(model_dir, tmp_path / "my-model")
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.chown(path, USER, 0)
+    for path in tmp_path.parents[:2]:
+        path.chmod(0o755)
+    line = line.replace("$(id -u)", str(USER)).replace("$PWD", str(tmp_path))
+    line = line.replace(" tensorserve:cpu", f" {IMAGE}")
+    done = podman("run", *LOCAL, *shlex.split(line))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.key").stat().st_uid == USER
+    assert tensorserve(["verify", str(tmp_path / "bundle")]) == 77
+    assert (
+        tensorserve(["verify", str(tmp_path / "bundle"), "--key-file", str(tmp_path / "model.key")])
+        == 0
+    )
 
 
 def test_no_arguments_and_no_settings_say_what_to_set() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containers import Container, complaints, needs_podman, podman
+from containers import USER, Container, complaints, needs_podman, podman
 from running import request
 
 pytestmark = needs_podman
@@ -18,7 +18,7 @@ pytestmark = needs_podman
 def options(bundle: Path, cache_volume: str) -> list[str]:
     """As an arbitrary user of group 0, from a read-only mount, with the cache on a volume."""
     return [
-        "--user", "123456:0",
+        "--user", f"{USER}:0",
         "--volume", f"{bundle / 'model'}:/models/smollm2:ro",
         "--volume", f"{bundle / 'key'}:/run/secrets/model-key:ro",
         "--volume", f"{cache_volume}:/var/lib/tensorserve/cache",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,22 @@ def test_health_without_a_server_is_not_healthy(monkeypatch: pytest.MonkeyPatch)
     """A container's health check: 1, not a traceback."""
     monkeypatch.setenv("TENSORSERVE_METRICS_PORT", "1")
     assert main(["health"]) == 1
+
+
+def test_no_command_leaves_a_core_file() -> None:
+    """It would hold keys and plain text; `pack` and `verify` have both in memory as well."""
+    script = """
+import contextlib, resource
+from tensorserve.cli import main
+with contextlib.suppress(ValueError):  # who is not root may not raise what this process has
+    resource.setrlimit(resource.RLIMIT_CORE, (1000, 1000))
+main(["report"])
+print(resource.getrlimit(resource.RLIMIT_CORE))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "(0, 0)"
 
 
 def test_a_mistake_of_ours_ends_with_70(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +28,17 @@ _NO_CREDENTIALS_HINT = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE forms), a profile, "
     "or give the machine a role."
 )
+
+
+def _no_credentials_hint() -> str:
+    """botocore passes over a file that it may not read, and says nothing."""
+    path = os.environ.get("AWS_SHARED_CREDENTIALS_FILE")
+    if path and Path(path).exists() and not os.access(path, os.R_OK):
+        return (
+            f"AWS_SHARED_CREDENTIALS_FILE={path} cannot be read by this user "
+            f"({os.getuid()}:{os.getgid()})."
+        )
+    return _NO_CREDENTIALS_HINT
 
 
 @contextmanager
@@ -72,7 +85,9 @@ class S3Account:
                 f"The AWS credentials could not be had: {error}.", hint=_NO_CREDENTIALS_HINT
             ) from error
         if self._credentials is None:
-            raise PermissionDeniedError("There are no AWS credentials.", hint=_NO_CREDENTIALS_HINT)
+            raise PermissionDeniedError(
+                "There are no AWS credentials.", hint=_no_credentials_hint()
+            )
         self.region: str = region or "us-east-1"
 
     def url(self, bucket: str, key: str) -> str:

@@ -121,6 +121,10 @@ def test_no_credentials_name_the_variables(
     access = access_of(server, access_key_id=None, secret_access_key=None, region="eu-west-1")
     with pytest.raises(PermissionDeniedError, match="AWS_ACCESS_KEY_ID"):
         open_source("s3://models/m/model.tensors", access)
+    (tmp_path / "none").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root every file is readable
+    with pytest.raises(PermissionDeniedError, match="none cannot be read by this user"):
+        open_source("s3://models/m/model.tensors", access)
 
 
 def test_credentials_of_a_profile_work(
