@@ -77,6 +77,12 @@ class Casting:
             values = torch.frombuffer(source, dtype=getattr(torch, stored.dtype))
             target = torch.frombuffer(buffer, dtype=getattr(torch, self.dtype))
             target.copy_(values)
+            if not torch.isfinite(target).all() and torch.isfinite(values).all():
+                raise ConfigurationError(
+                    f"Tensor {name!r} has values that {self.dtype} cannot hold: they would become "
+                    "infinite.",
+                    hint="Leave --dtype out, or take bfloat16.",
+                )
 
         return converted
 

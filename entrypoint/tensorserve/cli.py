@@ -29,13 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(_Parser.parse(words), os.environ)
     except ConfigurationError as error:
-        for problem in error.problems:
+        for problem in (*error.problems, *getattr(error, "__notes__", ())):
             _complain(problem)
         return error.exit_code
     except TensorserveError as error:
-        _complain(str(error))
+        _complain("\n".join((str(error), *getattr(error, "__notes__", ()))))
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        for note in getattr(error, "__notes__", ()):
+            _complain(note)
         return SIGINT_CODE
     except BrokenPipeError:
         # The reader (`| head`) has enough; keep the interpreter from complaining at its own exit.

@@ -1,7 +1,8 @@
 """Where does a new bundle go: a directory or a prefix of S3, all of it or nothing?
 
-A directory appears under its name in one step. On S3 nothing like that exists: there manifest.json
-comes last, and while an old bundle is replaced its old manifest refuses the new weights.
+A directory appears under its name in one step. On S3 nothing like that exists: there all objects
+are uploaded unseen and become visible one right after the other, manifest.json last; in that moment
+the manifest of an old bundle that is replaced refuses the new weights.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from io import BufferedWriter
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format.writer import Output
 from tensorserve.linux import fallocate, start_writing
 from tensorserve.manifest import MANIFEST, read_manifest
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, list_names
+
+if TYPE_CHECKING:
+    from tensorserve.uploading import Upload
 
 _DISK_HINT = "Is the disk full or read-only? Pack to another one, or to s3://bucket/prefix."
 
@@ -100,13 +105,13 @@ class _Directory(Destination):
         target = self._staging / name
         with _explained(self._path / name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = target.open("xb")
+            # Unbuffered: a buffer would be written, and fail, once more when the file is closed.
+            file = target.open("xb", buffering=0)
         with file:
             with _explained(self._path / name):
                 reserve(file.fileno(), size)
             yield _ExplainedFile(file, self._path / name)
             with _explained(self._path / name):
-                file.flush()
                 os.fsync(file.fileno())
         self._names.append(name)
 
@@ -148,7 +153,8 @@ class _Prefix(Destination):
         if _refuse_present(uri, direct, overwrite=overwrite):
             self._stale = _names_of_old(uri, access)
         self._bucket = Bucket(account.client(), bucket, account.region)
-        self._names: list[str] = []
+        self._uploads: dict[str, Upload] = {}
+        self._visible: list[str] = []
 
     def create(self, name: str, size: int) -> AbstractContextManager[Output]:
         return self._create(name, size)
@@ -157,40 +163,56 @@ class _Prefix(Destination):
     def _create(self, name: str, size: int) -> Iterator[Output]:
         from tensorserve.uploading import Upload
 
-        upload = Upload(self._bucket, self._prefix + name, size)
-        try:
-            yield upload
-            # Before, not after: where the answer is lost, the object may be there all the same.
-            self._names.append(name)
-            upload.finish()
-        except BaseException:
-            upload.abort()
-            raise
+        # Before anything is sent: whatever happens, it is known what there is to abort.
+        self._uploads[name] = upload = Upload(self._bucket, self._prefix + name, size)
+        yield upload
+        upload.close()
 
     def commit(self) -> None:
-        for name in sorted(self._stale.difference(self._names)):
+        # All that takes long has been done. In the order of their making: the manifest is last.
+        while self._uploads:
+            name = next(iter(self._uploads))
+            # Before, not after: where the answer is lost, the object may be there all the same.
+            self._visible.append(name)
+            self._uploads[name].finish()
+            del self._uploads[name]
+        for name in sorted(self._stale.difference(self._visible)):
             self._bucket.delete(self._prefix + name)
-        self._names.clear()
+        self._visible.clear()
 
     def discard(self) -> None:
+        failures = []
+        while self._uploads:
+            _, upload = self._uploads.popitem()
+            try:
+                upload.abort()
+            except TensorserveError as error:
+                failures.append(error)
         # What stood there before and was replaced is left: deleting it would not bring it back.
-        while self._names:
-            name = self._names.pop()
-            if name not in self._present:
-                self._bucket.delete(self._prefix + name)
+        while self._visible:
+            name = self._visible.pop()
+            try:
+                if name not in self._present:
+                    self._bucket.delete(self._prefix + name)
+            except TensorserveError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 class _ExplainedFile:
     """A file whose errors name it. It goes to the disk while it is written, not all at the end."""
 
-    def __init__(self, file: BufferedWriter, path: Path) -> None:
+    def __init__(self, file: FileIO, path: Path) -> None:
         self._file = file
         self._path = path
         self._written = 0
 
     def write(self, data: bytes | memoryview, /) -> None:
+        rest = memoryview(data)
         with _explained(self._path):
-            self._file.write(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._written += len(data)
         if self._written >= _DISK_STEP:
             self._written = 0

@@ -10,7 +10,7 @@ from tensorserve.errors import ConfigurationError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # No pickles, no other frameworks' weights, no code.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 
 
 def model_directory(source: Path) -> tuple[Path, str]:
@@ -30,7 +30,11 @@ def model_directory(source: Path) -> tuple[Path, str]:
     try:
         try:
             found = snapshot_download(name, local_files_only=True)
+            # A cache may have as little of a model as its tokenizer.
+            whole = any(Path(found).glob("*.safetensors"))
         except LocalEntryNotFoundError:
+            whole = False
+        if not whole:
             found = snapshot_download(name, allow_patterns=list(_WANTED))
     except (
         HfHubHTTPError,
@@ -45,4 +49,4 @@ def model_directory(source: Path) -> tuple[Path, str]:
             f"{reason}",
             hint="Give a directory, or set HF_HOME to the cache that has the model.",
         ) from error
-    return Path(found), source.name
+    return Path(found), name

@@ -54,6 +54,12 @@ def _make_key(path: Path) -> bytes | None:
             file.write(key)
             file.flush()
             os.fsync(file.fileno())
+        # The bundle may outlive this machine: the key must not be lost with its power.
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ConfigurationError(

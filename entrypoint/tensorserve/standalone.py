@@ -8,6 +8,7 @@ the loader makes a start of vLLM's options and the environment.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
@@ -114,6 +115,11 @@ def settings_environment(extra: Mapping[str, Any], environ: Mapping[str, str]) -
             # vLLM takes an address here.
             uri = options.pop("TENSORSERVE_KEY_FILE")
             options["TENSORSERVE_KEY"] = _fetch_key(uri, inherited | options)
+    if {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= options.keys():
+        # Whole, or a token or a file of the environment would be taken for part of them.
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+            for prefix, suffix in itertools.product(("AWS_", "S3_"), ("", "_FILE")):
+                inherited.pop(prefix + name + suffix, None)
     return inherited | options
 
 

@@ -30,12 +30,14 @@ def environment_for(extra: Mapping[str, Any]) -> Mapped:
     wrong type.
     """
     own = extra.get(_VLLMS_OWN) or {}
-    options = {name: value for name, value in extra.items() if name != _VLLMS_OWN}
-    # The model's directory, unless the user gives an address.
-    if _DIRECTORY not in options and _URI not in options and own.get(_DIRECTORY):
-        options[_DIRECTORY] = own[_DIRECTORY]
+    options = {name: value for name, value in own.items() if not name.startswith("_")}
+    if _URI in extra:
+        # vLLM's own is the model's directory: meant unless the user gives an address.
+        options.pop(_DIRECTORY, None)
+    options |= {name: value for name, value in extra.items() if name != _VLLMS_OWN}
     mapped: Mapped = {}
-    for name, value in options.items():
+    # As in vLLM: what stands in an inner object wins.
+    for name, value in sorted(options.items(), key=lambda option: isinstance(option[1], dict)):
         if value is None:
             continue
         if name not in OPTIONS:
@@ -73,6 +75,8 @@ def _connections(name: str, value: object) -> Mapped:
 
 
 def _flag(name: str, value: object) -> bool:
+    if value in ("True", "true", "False", "false"):
+        return str(value).lower() == "true"  # as earlier revisions of vLLM's page wrote it
     if not isinstance(value, bool):
         raise ConfigurationError(f"model_loader_extra_config: {name!r} is not true or false.")
     return value
@@ -90,7 +94,7 @@ def _found_by_itself(name: str, value: object) -> Mapped:
 
 def _refused(reason: str) -> Callable[[str, Any], Mapped]:
     def refuse(name: str, value: object) -> Mapped:
-        if value in ({}, False):
+        if value in ({}, False, "False", "false"):
             return {}  # as good as not given
         raise ConfigurationError(
             f"model_loader_extra_config: {name!r} cannot be given: {reason}", hint="Leave it out."
@@ -122,8 +126,33 @@ _S3 = {
     "s3_secret_access_key": _to("AWS_SECRET_ACCESS_KEY"),
     "s3_endpoint": _to("AWS_ENDPOINT_URL_S3"),
 }
+_TRANSPORT = "how an address is read is this loader's own (see docs/configuration.md)."
 _DEVICE = "vLLM decides where tensors go and what they are."
 _ALL = "vLLM needs all tensors of a model, each once."
+STREAM: Mapping[str, Callable[[str, Any], Mapped]] = {
+    **_S3,
+    "s3_region_name": _to("AWS_REGION"),
+    "force_http": _refused("give AWS_ENDPOINT_URL_S3 with http:// instead."),
+    "s3_config_path": _refused("name the file in AWS_SHARED_CREDENTIALS_FILE."),
+    "certificate_handling": _refused("name the CA in AWS_CA_BUNDLE or SSL_CERT_FILE."),
+    **dict.fromkeys(
+        ("mode", "buffer_size", "s3_signature_version", "begin", "end"),
+        _refused(_TRANSPORT),
+    ),
+}
+"""Options of tensorizer's open_stream."""
+DESERIALIZATION: Mapping[str, Callable[[str, Any], Mapped]] = {
+    "num_readers": _connections,
+    "verify_hash": _verify,
+    "plaid_mode": _found_by_itself,
+    "plaid_mode_buffers": _refused("memory is TENSORSERVE_HOST_MEMORY_LIMIT's."),
+    "lazy_load": _refused(_ALL),
+    "filter_func": _refused(_ALL),
+    "device": _refused(_DEVICE),
+    "dtype": _refused(_DEVICE),
+    "encryption": _refused("name the key's file in encryption_keyfile."),
+}
+"""Options of its TensorDeserializer."""
 OPTIONS: dict[str, Callable[[str, Any], Mapped]] = {
     _URI: _to(_MODEL_URI),
     _DIRECTORY: _to(_MODEL_URI),
@@ -132,20 +161,10 @@ OPTIONS: dict[str, Callable[[str, Any], Mapped]] = {
     "num_readers": _connections,
     **_S3,
     "vllm_tensorized": _found_by_itself,
-    "stream_kwargs": _nested({**_S3, "s3_region_name": _to("AWS_REGION")}),
-    "deserialization_kwargs": _nested(
-        {
-            "num_readers": _connections,
-            "verify_hash": _verify,
-            "plaid_mode": _found_by_itself,
-            "lazy_load": _refused(_ALL),
-            "filter_func": _refused(_ALL),
-            "device": _refused(_DEVICE),
-            "dtype": _refused(_DEVICE),
-            "encryption": _refused("name the key's file in encryption_keyfile."),
-        }
-    ),
+    "stream_kwargs": _nested(STREAM),
+    "deserialization_kwargs": _nested(DESERIALIZATION),
     "serialization_kwargs": _refused("it is for writing (`tensorserve pack`)."),
+    "lora_dir": _refused("adapters are in the bundle (`tensorserve pack --lora`)."),
     "device": _refused(_DEVICE),
     "dtype": _refused(_DEVICE),
     "mode": _refused("vLLM decides it."),

@@ -51,6 +51,17 @@ class Bucket:
                 hint="Is AWS_ENDPOINT_URL_S3 right, and the server up?",
             ) from error
 
+    def abort(self, key: str, upload_id: str) -> None:
+        """Drops an upload's parts; one that is not there (any more) is no error."""
+        from botocore.exceptions import ClientError
+
+        with self.explained(key):
+            try:
+                self.client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") != "NoSuchUpload":
+                    raise
+
     def delete(self, key: str) -> None:
         """Deletes an object; one that is not there is no error."""
         with self.explained(key):
@@ -58,7 +69,7 @@ class Bucket:
 
 
 class Upload:
-    """An object being written: `write`, then `finish` or `abort`.
+    """An object being written: `write`, `close`, then `finish`, which makes it visible, or `abort`.
 
     Memory: four parts, of 16 MiB each for objects up to 144 GB.
     """
@@ -85,23 +96,30 @@ class Upload:
             if len(self._part) == self.part_bytes:
                 self._send()
 
-    def finish(self) -> None:
-        """Makes the object visible. Raises our errors for S3's; abort afterwards."""
-        client, place = self._bucket.client, {"Bucket": self._bucket.name, "Key": self._key}
-        if self._id is None:
-            with self._bucket.explained(self._key):
-                client.put_object(**place, Body=bytes(self._part))
-        else:
+    def close(self) -> None:
+        """All was written: waits until the server has it, unseen. Raises our errors for S3's.
+
+        What is smaller than a part stays here until `finish`.
+        """
+        if self._id is not None:
             if self._part:
                 self._send()
             while self._jobs:
                 self._parts.append(self._jobs.popleft().result())
-            with self._bucket.explained(self._key):
+        self._pool.shutdown()
+
+    def finish(self) -> None:
+        """Makes the object visible. Raises our errors for S3's; abort afterwards."""
+        client, place = self._bucket.client, {"Bucket": self._bucket.name, "Key": self._key}
+        with self._bucket.explained(self._key):
+            if self._id is None:
+                client.put_object(**place, Body=bytes(self._part))
+            else:
                 client.complete_multipart_upload(
                     **place, UploadId=self._id, MultipartUpload={"Parts": self._parts}
                 )
         self._id = None
-        self._pool.shutdown()
+        self._part = bytearray()
 
     def abort(self) -> None:
         """Leaves nothing behind, parts that are stored (and paid for) unseen included."""
@@ -109,10 +127,7 @@ class Upload:
         self._part = bytearray()
         if self._id is not None:
             upload_id, self._id = self._id, None
-            with self._bucket.explained(self._key):
-                self._bucket.client.abort_multipart_upload(
-                    Bucket=self._bucket.name, Key=self._key, UploadId=upload_id
-                )
+            self._bucket.abort(self._key, upload_id)
 
     def _send(self) -> None:
         if self._id is None:

@@ -100,7 +100,8 @@ def _check_all(
     key: FileKey | None,
     progress: Progress | None,
 ) -> Iterator[FileResult]:
-    listing = sources.list_names(bundle, access)
+    # What stands beside a single file is nobody's business here, and may be unreadable.
+    listing = sources.list_names(bundle, access) if single is None else None
     if single is not None:
         tensors = [single]
         if manifest is not None and single not in manifest.tensors_files:
@@ -228,7 +229,10 @@ def _check_contents(
     done = 0
     threads = min(_MAX_THREADS, 2 * len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-verify") as pool:
-        jobs = pool.map(lambda record: _check_tensor(source, index, record, key), index.tensors)
+        stopped = threading.Event()
+        jobs = pool.map(
+            lambda record: _check_tensor(source, index, record, key, stopped), index.tensors
+        )
         try:
             for record, (header, problem) in zip(index.tensors, jobs, strict=True):
                 headers.update(header)
@@ -238,13 +242,18 @@ def _check_contents(
                 if progress is not None:
                     progress(done, index.data_bytes)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
             raise
     return damaged, headers.hexdigest()
 
 
 def _check_tensor(
-    source: Source, index: FileIndex, record: TensorRecord, key: FileKey | None
+    source: Source,
+    index: FileIndex,
+    record: TensorRecord,
+    key: FileKey | None,
+    stopped: threading.Event,
 ) -> tuple[bytes, str | None]:
     """(the header's bytes, what is wrong). What looks damaged is read a second time: the wire."""
     problem: str | None = None
@@ -254,7 +263,7 @@ def _check_tensor(
             parsed = parse_header(
                 record, header, encrypted=index.encrypted, source_name=source.name
             )
-            _check_data(source, parsed, key)
+            _check_data(source, parsed, key, stopped)
         except CorruptError as error:
             problem = error.message
         else:
@@ -262,8 +271,10 @@ def _check_tensor(
     return header, problem
 
 
-def _check_data(source: Source, header: TensorHeader, key: FileKey | None) -> None:
-    """Opens and hashes the tensor piece by piece."""
+def _check_data(
+    source: Source, header: TensorHeader, key: FileKey | None, stopped: threading.Event
+) -> None:
+    """Opens and hashes the tensor piece by piece, until nobody wants to know any more."""
     record, chunks = header.record, header.chunks
     secret = b""
     step = _STEP
@@ -274,14 +285,18 @@ def _check_data(source: Source, header: TensorHeader, key: FileKey | None) -> No
         size = record.length if chunks.count == 1 else chunks.chunk_size
         step = max(size, _STEP // size * size)
     with _one_at_a_time if min(step, record.length) > _LARGE_STEP else nullcontext():
-        _check_pieces(source, header, secret, step)
+        _check_pieces(source, header, secret, step, stopped)
 
 
-def _check_pieces(source: Source, header: TensorHeader, secret: bytes, step: int) -> None:
+def _check_pieces(
+    source: Source, header: TensorHeader, secret: bytes, step: int, stopped: threading.Event
+) -> None:
     record, chunks = header.record, header.chunks
     check = HashCheck(header)
     buffer = memoryview(bytearray(min(step, record.length)))
     for start in range(0, record.length, step):
+        if stopped.is_set():
+            return
         piece = buffer[: min(step, record.length - start)]
         source.read_into(record.data_offset + start, piece)
         if chunks is not None:

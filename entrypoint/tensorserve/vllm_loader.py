@@ -212,7 +212,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             verify_hashes=settings.verify == "hashes",
             processors=self._start.processors,
             pinned=self._device.type == "cuda",
-            headers_sha256=shard.headers_sha256 if whole(opened.index, records) else None,
+            headers_sha256=shard.headers_sha256,
+            left_out=left_out(opened.index, records),
         )
         stream = TensorStream(
             opened.source,
@@ -264,9 +265,10 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             self._emit("phase", phase=phase, state=state)
 
 
-def whole(index: FileIndex, records: list[TensorRecord]) -> bool:
-    """Whether `records` are all tensors of the file."""
-    return len(records) == len(index.tensors)
+def left_out(index: FileIndex, records: list[TensorRecord]) -> tuple[TensorRecord, ...]:
+    """The tensors of the file that are not among `records`."""
+    taken = {record.header_offset for record in records}
+    return tuple(record for record in index.tensors if record.header_offset not in taken)
 
 
 def fill(

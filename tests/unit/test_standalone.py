@@ -16,7 +16,7 @@ from tensorserve.errors import ConfigurationError, CorruptError, TensorserveErro
 from tensorserve.packing import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
-from tensorserve.standalone import handed_over_start
+from tensorserve.standalone import handed_over_start, settings_environment
 
 KEY = bytes(range(32))
 
@@ -90,6 +90,27 @@ def test_mistakes_are_said_before_vllm_is_there(
     with pytest.raises(kind) as caught:
         llm_kwargs(str(bundle), environ=environ, **given)
     assert said in str(caught.value)
+
+
+def test_credentials_among_vllms_options_are_whole() -> None:
+    """Nothing of the environment's is mixed with them: not its token, not its files."""
+    environ = {
+        "AWS_ACCESS_KEY_ID_FILE": "/secrets/id",
+        "S3_SECRET_ACCESS_KEY": "another",
+        "AWS_SESSION_TOKEN": "foreign",
+        "AWS_REGION": "eu-1",
+    }
+    options = {
+        "tensorizer_uri": "s3://b/m.tensors",
+        "s3_access_key_id": "id",
+        "s3_secret_access_key": "secret",
+    }
+    assert settings_environment(options, environ) == {
+        "TENSORSERVE_MODEL_URI": "s3://b/m.tensors",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "eu-1",
+    }
 
 
 def test_a_directory_without_a_model_is_said(tmp_path: Path) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.tensorizer_options import OPTIONS, environment_for
+from tensorserve.tensorizer_options import (
+    DESERIALIZATION,
+    OPTIONS,
+    STREAM,
+    environment_for,
+)
 
 
 def test_every_option_of_vllm_is_known() -> None:
@@ -16,7 +22,39 @@ def test_every_option_of_vllm_is_known() -> None:
     from vllm.model_executor.model_loader.tensorizer_loader import BLACKLISTED_TENSORIZER_ARGS
 
     fields = {f.name for f in dataclasses.fields(TensorizerConfig) if not f.name.startswith("_")}
-    assert fields | BLACKLISTED_TENSORIZER_ARGS == set(OPTIONS)
+    earlier = {"lora_dir"}  # of revisions before 0.32.0
+    assert fields | BLACKLISTED_TENSORIZER_ARGS | earlier == set(OPTIONS)
+
+
+def test_every_option_of_tensorizers_readers_is_known() -> None:
+    """Honoured, or refused with its own reason."""
+    from tensorizer import TensorDeserializer, stream_io
+
+    stream = set(inspect.signature(stream_io.open_stream).parameters)
+    assert set(STREAM) == stream - {"path_uri"}
+    reader = set(inspect.signature(TensorDeserializer.__init__).parameters)
+    assert set(DESERIALIZATION) == reader - {"self", "file_obj"}
+
+
+def test_inner_options_win_and_words_for_true_are_taken() -> None:
+    """As in vLLM; earlier revisions of its page wrote "True" and "False" in quotes."""
+    assert environment_for(
+        {
+            "stream_kwargs": {"s3_endpoint": "http://inner", "force_http": "False"},
+            "deserialization_kwargs": {"verify_hash": "True"},
+            "tensorizer_config": {
+                "tensorizer_dir": "/model",
+                "num_readers": 3,
+                "_is_sharded": False,
+            },
+            "s3_endpoint": "http://outer",
+        }
+    ) == {
+        "TENSORSERVE_MODEL_URI": "/model",
+        "TENSORSERVE_FETCH_CONNECTIONS": "3",
+        "AWS_ENDPOINT_URL_S3": "http://inner",
+        "TENSORSERVE_VERIFY": "hashes",
+    }
 
 
 def test_the_pages_options_mean_what_they_say() -> None:
@@ -68,7 +106,7 @@ def test_without_options_the_models_own_directory_is_meant() -> None:
         ({"deserialization_kwargs": {"lazy_load": True}}, "needs all tensors"),
         ({"deserialization_kwargs": {"readers": 2}}, "no meaning here"),
         ({"deserialization_kwargs": 2}, "not an object"),
-        ({"stream_kwargs": {"force_http": True}}, "no meaning here"),
+        ({"stream_kwargs": {"force_http": True}}, "AWS_ENDPOINT_URL_S3"),
         ({}, "names no tensorizer_uri"),
     ],
 )

@@ -39,6 +39,7 @@ CHUNK_BYTES = 2 * 1024**2  # bytes, tensorizer's
 _STEP = 8 * 1024**2
 # One that is written, two that are made ready; more of smaller ones.
 _TENSORS_AT_ONCE = 3
+_MOST_WAITING = 64
 # Four hash 5 GB/s: more than one stream to a disk or a bucket takes.
 _MOST_THREADS = 4
 _MAX_NAME = 2**16 - 1  # bytes: its length has 16 bits
@@ -175,9 +176,11 @@ def write_file(
     threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     waiting: deque[tuple[TensorRecord, Future[tuple[bytes, memoryview]]]] = deque()
     room = _TENSORS_AT_ONCE * max(tensor.length for tensor in tensors)
+    held = 0
     making = _Making(plan, read, secret)
 
     def write_next() -> None:
+        nonlocal held
         record, job = waiting.popleft()
         header, data = job.result()
         headers.update(header)
@@ -186,12 +189,14 @@ def write_file(
             piece = data[begin : begin + _STEP]
             out.write(piece)
             on_bytes(len(piece))
+        held -= record.length
 
     with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-pack") as pool:
         try:
             for record in tensors:
-                while waiting and record.length > room - sum(held.length for held, _ in waiting):
+                while waiting and (held + record.length > room or len(waiting) == _MOST_WAITING):
                     write_next()
+                held += record.length
                 waiting.append((record, pool.submit(making.make, record, nonce_at(start, used))))
                 used += _chunks(record.length)
             while waiting:

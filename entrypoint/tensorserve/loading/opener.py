@@ -12,7 +12,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -111,9 +111,13 @@ class Opener:
         # Memory of parts, to be used again: fresh memory costs as much as decryption.
         self._spare: deque[memoryview] = deque()
 
-    def headers_sha256(self) -> str:
-        """SHA-256 (hex) of all headers so far, in file order: they hold nonces, tags and hashes."""
-        headers = (self._headers[offset] for offset in sorted(self._headers))
+    def headers_sha256(self, others: Mapping[int, bytes]) -> str:
+        """SHA-256 (hex) of all headers so far and of `others`, {offset: header}, in file order.
+
+        They hold nonces, tags and hashes.
+        """
+        every = {**self._headers, **others}
+        headers = (every[offset] for offset in sorted(every))
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
     # What comes ----------------------------------------------------------------------------------

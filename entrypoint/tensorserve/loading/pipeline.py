@@ -53,7 +53,9 @@ class LoadOptions:
     processors: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
     """That the threads may run on, wherever the caller is bound to."""
     headers_sha256: str | None = None
-    """Of all headers in file order, from a manifest; needs all of the file's tensors."""
+    """Of all of the file's headers in file order, from a manifest."""
+    left_out: tuple[TensorRecord, ...] = ()
+    """The file's tensors that are not loaded; their headers count for that digest."""
 
 
 class TensorStream:
@@ -93,6 +95,7 @@ class TensorStream:
             staging=staging,
         )
         self._options = options
+        self._other_headers: dict[int, bytes] = {}
         self._progress = progress
         self._place = place
         records = tuple(records)
@@ -133,6 +136,12 @@ class TensorStream:
         self._staffed = 0
 
     def __enter__(self) -> TensorStream:
+        if self._options.headers_sha256 is not None:
+            # First: what has gone by is not kept.
+            self._other_headers = {
+                record.header_offset: self._source.read(record.header_offset, record.header_length)
+                for record in self._options.left_out
+            }
         self._staff()
         if self._options.connections is None:
             self._run(self._adapt, "tensorserve-load-adapt")
@@ -182,7 +191,7 @@ class TensorStream:
         expected = self._options.headers_sha256
         if expected is None:
             return
-        if self._opener.headers_sha256() != expected:
+        if self._opener.headers_sha256(self._other_headers) != expected:
             raise CorruptError(
                 f"{self._source.name}: the tensors' headers are not those of the manifest.",
                 hint="Tensors were exchanged for others under the same key. Pack it again.",

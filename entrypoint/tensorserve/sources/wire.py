@@ -31,7 +31,7 @@ MAX_ERROR_BODY = 64 * 1024
 # Received in one call: large enough that Python's share is small, small enough that the rate of a
 # slow connection (10 MB/s: 25 ms) can be seen from outside.
 _AT_ONCE = 256 * 1024
-# So long a slow TLS connection may gather records before they are shown.
+# From here on, the next record of a slow TLS connection ends the gathering.
 _TLS_SECONDS = 0.025
 
 

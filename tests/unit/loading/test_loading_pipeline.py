@@ -261,6 +261,27 @@ def test_headers_that_are_not_the_manifests_are_refused(encrypted: bytes) -> Non
         streamed(MemorySource(encrypted), wrong, GivenKey(KEY, "test"))
 
 
+def test_headers_of_tensors_that_are_not_loaded_count_too(encrypted: bytes) -> None:
+    """Else one tensor that the model computes itself would switch the check off."""
+    records = read_index(MemorySource(encrypted)).tensors
+    headers = b"".join(encrypted[r.header_offset : r.data_offset] for r in records)
+    for digest, fits in ((hashlib.sha256(headers), True), (hashlib.sha256(b"x"), False)):
+        options = LoadOptions(headers_sha256=digest.hexdigest(), left_out=(records[1],))
+        with TensorStream(
+            MemorySource(encrypted),
+            [record for record in records if record is not records[1]],
+            encrypted=True,
+            key=GivenKey(KEY, "test"),
+            options=options,
+            progress=LoadProgress(),
+        ) as stream:
+            if fits:
+                assert len(list(stream)) == len(records) - 1
+                continue
+            with pytest.raises(CorruptError, match="not those of the manifest"):
+                list(stream)
+
+
 @pytest.mark.parametrize("chunk", [3 * MIB, 16 * MIB, 64 * 1024])
 def test_chunks_that_are_not_cut_as_our_parts_are(tmp_path: Path, chunk: int) -> None:
     """Of 3 MiB, or one around all: opened when all is there. Smaller ones: many in a part."""

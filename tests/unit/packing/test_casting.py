@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_samples import ACCESS, make_model, tensors
+from safetensors.torch import save_file
 from tensorizer import TensorDeserializer
 
 from tensorserve.casting import Casting
@@ -63,6 +64,22 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="quantized"):
         pack(model, str(tmp_path / "b"), access=ACCESS, dtype="float16")
     assert not (tmp_path / "b").exists()
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """Named, instead of an infinity in the bundle; one that was there before may stay."""
+    model = tmp_path / "hf"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file(
+        {"small": torch.ones(4), "large": torch.tensor([1.0, 7e4])}, model / "model.safetensors"
+    )
+    with pytest.raises(ConfigurationError, match="'large' has values that float16 cannot hold"):
+        pack(model, str(tmp_path / "b"), access=ACCESS, dtype="float16")
+    assert not (tmp_path / "b").exists()
+    pack(model, str(tmp_path / "b"), access=ACCESS, dtype="bfloat16")
+    save_file({"large": torch.tensor([1.0, torch.inf])}, model / "model.safetensors")
+    pack(model, str(tmp_path / "c"), access=ACCESS, dtype="float16")
 
 
 @pytest.mark.parametrize(

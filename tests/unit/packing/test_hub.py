@@ -33,7 +33,7 @@ def cached(home: Path) -> Path:
 
 
 def test_a_model_of_the_cache_is_packed_by_its_name(tmp_path: Path) -> None:
-    """`pack organisation/model`, without a network; the suffix takes the model's name."""
+    """`pack organisation/model`, without a network; the suffix takes the model's whole name."""
     home = cached(tmp_path / "home")
     words = ["pack", "tests/tiny", str(tmp_path / "out"), "--suffix", "v1"]
     run = subprocess.run(
@@ -45,7 +45,10 @@ def test_a_model_of_the_cache_is_packed_by_its_name(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert read_manifest(str(tmp_path / "out" / "vllm" / "tiny" / "v1"), Access()) is not None
+    assert (
+        read_manifest(str(tmp_path / "out" / "vllm" / "tests" / "tiny" / "v1"), Access())
+        is not None
+    )
 
 
 @contextmanager
@@ -103,6 +106,14 @@ def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
     repository = make_model(tmp_path / "repository")
     (repository / "pytorch_model.bin").write_bytes(b"a pickle")
     (repository / "modeling_tiny.py").write_text("code")
+    # As `AutoTokenizer.from_pretrained` leaves a cache: part of the model is there.
+    part = tmp_path / "home/hub/models--tests--tiny"
+    (part / "snapshots" / REVISION).mkdir(parents=True)
+    (part / "snapshots" / REVISION / "tokenizer.json").write_bytes(
+        (repository / "tokenizer.json").read_bytes()
+    )
+    (part / "refs").mkdir()
+    (part / "refs" / "main").write_text(REVISION)
     asked: list[str] = []
     with hub(repository, asked) as endpoint:
         environ = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint}

@@ -14,6 +14,7 @@ from hf_samples import ACCESS, SMALL_FILES, make_model, make_sharded, tensors
 from safetensors.torch import save_file
 from tensorizer import DecryptionParams, TensorDeserializer
 
+from tensorserve import destinations
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.keys import parse_key
 from tensorserve.manifest import check_index, read_manifest
@@ -233,6 +234,28 @@ except ConfigurationError as error:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "model.tensors could not be written: File too large" in done.stdout
     assert list(bundle_of(tmp_path).parent.iterdir()) == []
+
+
+def test_a_write_that_fails_late_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system sets no bytes aside (NFS), and the last ones find no room."""
+    monkeypatch.setattr(destinations, "reserve", lambda *_: None)
+    target = destinations.open_destination(
+        str(bundle_of(tmp_path)), ACCESS, overwrite=False, needed=0
+    )
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda _path, _mode, **options: opened(Path("/dev/full"), "wb", **options)
+    )
+    with (
+        pytest.raises(
+            ConfigurationError, match=r"config\.json could not be written: No space left"
+        ),
+        target.create("config.json", 2) as out,
+    ):
+        out.write(b"{}")
+    target.discard()
 
 
 def test_memory_is_bounded_by_the_largest_tensors(tmp_path: Path) -> None:

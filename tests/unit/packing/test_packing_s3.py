@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tensorserve import uploading
 from tensorserve.errors import (
     ConfigurationError,
+    CorruptError,
     PermissionDeniedError,
     SourceUnavailableError,
 )
@@ -140,13 +141,70 @@ print((memory("VmHWM") - before) * 1024)
     assert 32 * MIB < int(done.stdout) < 200 * MIB
 
 
-def test_the_manifest_comes_last(s3: S3Server, client: Any, model: Path, prefix: str) -> None:
-    """Who sees a manifest sees a whole bundle."""
+def test_nothing_is_visible_before_all_is_there(
+    s3: S3Server, client: Any, model: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has everything before the first name appears; the manifest's is the last."""
+    seen, finish = [], uploading.Upload.finish
+
+    def observed(upload: uploading.Upload) -> None:
+        seen.append(names_below(client, prefix))
+        finish(upload)
+
+    monkeypatch.setattr(uploading.Upload, "finish", observed)
     pack(model, prefix, access=access_of(s3))
-    bucket, _, key = prefix.removeprefix("s3://").partition("/")
-    entries = client.list_objects_v2(Bucket=bucket, Prefix=key + "/")["Contents"]
-    times = {entry["Key"]: entry["LastModified"] for entry in entries}
-    assert times[f"{key}/manifest.json"] == max(times.values())
+    assert seen[0] == []
+    assert len(seen) == len(SMALL_FILES) + 2
+    assert not any("manifest.json" in names for names in seen)
+
+
+def test_a_failed_overwrite_keeps_the_old_bundle(
+    s3: S3Server, client: Any, bucket: str, prefix: str, tmp_path: Path
+) -> None:
+    """And it still verifies, whatever of the new one was uploaded."""
+    source = make_model(tmp_path / "hf")
+    pack(source, prefix, access=access_of(s3))
+
+    def grow(done: int, total: int) -> None:
+        if done == total:
+            (source / "tokenizer.json").write_text("longer than it was before")
+
+    with pytest.raises(CorruptError, match=r"tokenizer\.json was changed"):
+        pack(source, prefix, access=access_of(s3), key=SECRET, overwrite=True, progress=grow)
+    states = {result.state for result in verify(prefix, access_of(s3), None)}
+    assert states == {"ok"}
+    assert unfinished(client, bucket) == []
+
+
+def test_what_could_not_be_removed_is_said(
+    s3: S3Server,
+    client: Any,
+    bucket: str,
+    large_model: Path,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the first error, which it does not hide: parts that stay are paid for."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionDeniedError("no s3:AbortMultipartUpload")
+
+    def fail(done: int, _: int) -> None:
+        if done >= 30 * MIB:
+            raise ConfigurationError("the first error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uploading.Bucket, "abort", refuse)
+        with pytest.raises(ConfigurationError, match="the first error") as caught:
+            pack(large_model, prefix, access=access_of(s3), progress=fail)
+    assert "no s3:AbortMultipartUpload" in caught.value.__notes__[0]
+    (left,) = client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    uploading.Bucket(client, bucket, "us-east-1").abort(left["Key"], left["UploadId"])
+
+
+def test_an_upload_that_is_gone_is_no_error(client: Any, bucket: str) -> None:
+    """The answer to its completion was lost, say."""
+    uploading.Bucket(client, bucket, "us-east-1").abort("nothing", "0" * 32)
 
 
 @pytest.mark.parametrize("at", [1, 30 * MIB])

@@ -258,6 +258,13 @@ def test_a_single_file_is_verified(bundle: Path) -> None:
     assert "every chunk authenticated" in lines[0]
 
 
+def test_what_stands_beside_a_single_file_is_nobodys_business(bundle: Path) -> None:
+    """A link that leads elsewhere, as /tmp has them."""
+    (bundle / "elsewhere").symlink_to("/proc/self/environ")
+    (result,) = verify(str(bundle / "model.tensors"), ACCESS, KEY)
+    assert result.state == "ok"
+
+
 def test_files_that_nobody_vouches_for_are_shown(bundle: Path) -> None:
     """They are not damage, but they are not checked."""
     (bundle / "added.json").write_text("{}")
