@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from certificates import PrivateCA
 from commands import command
 from loading import Load, load
 from proxy import FaultProxy, WireProxy
 from s3server import free_ports
 from stored import BUCKET, MIB, POLICY, Stored, client, wait_until
 
+from certificates import PrivateCA
 from rangeserver import RangeServer
 from tensorserve.errors import ConfigurationError, CorruptError, SourceUnavailableError
 from tensorserve.sources import Access
