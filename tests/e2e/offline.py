@@ -1,7 +1,7 @@
 """Run as a program: `LLM(...)` for each of the cases on standard input, one after the other.
 
-In: {"prompts": [...], "cases": [{"uri": …, "settings": {…}} or {"llm": {…}}]}. Out: for each case
-the texts, as the last line.
+In: {"prompts": [...], "cases": [{"uri": …, "settings": {…}} or {"llm": {…}}]}, the latter also with
+"tensorizer": what vLLM's TensorizerConfig is made of. Out: for each case the texts, as last line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.model_executor.model_loader.tensorizer import TensorizerConfig
 
 from tensorserve import llm_kwargs
 
@@ -23,6 +24,8 @@ def main() -> None:
     found = []
     for case in work["cases"]:
         kwargs = case.get("llm") or llm_kwargs(case["uri"], **case.get("settings", {}))
+        if "tensorizer" in case:
+            kwargs["model_loader_extra_config"] = TensorizerConfig(**case["tensorizer"])
         llm = LLM(**kwargs, **FLAGS)
         # One by one, as everywhere where answers are compared: batches change the last bits.
         params = SamplingParams(max_tokens=24, temperature=0, seed=0)

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 from hf_samples import ACCESS, make_model
 
+from rangeserver import RangeServer
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
 from tensorserve.format import read_index
 from tensorserve.keys import parse_key
 from tensorserve.manifest import MANIFEST
 from tensorserve.packing import pack
 from tensorserve.secret import Secret
-from tensorserve.sources import open_source
+from tensorserve.sources import Access, RetryPolicy, open_source
 from tensorserve.verifying import verify
 
 SECRET = Secret(bytes(range(32)), "the test")
@@ -256,6 +257,18 @@ def test_a_single_file_is_verified(bundle: Path) -> None:
     results = verify(str(bundle / "model.tensors"), ACCESS, KEY, lines.append)
     assert [(result.name, result.state) for result in results] == [("model.tensors", "ok")]
     assert "every chunk authenticated" in lines[0]
+
+
+def test_a_whole_bundle_is_verified_over_http(bundle: Path) -> None:
+    """Where nothing can be listed: what the manifest names; a flipped bit is found there too."""
+    with RangeServer(bundle) as server:
+        access = Access(policy=RetryPolicy(attempts=2, deadline=5))
+        states = {result.name: result.state for result in verify(server.url, access, KEY)}
+        assert set(states.values()) == {"ok"}
+        assert {"model.tensors", "config.json"} <= states.keys()
+        flip(bundle / "model.tensors", -100)
+    with RangeServer(bundle) as server, pytest.raises(CorruptError, match=r"model\.tensors"):
+        verify(server.url, access, KEY)
 
 
 def test_what_stands_beside_a_single_file_is_nobodys_business(bundle: Path) -> None:
