@@ -50,7 +50,9 @@ def test_the_documented_command_starts(bundle: Path) -> None:
         podman("volume", "rm", name)
 
 
-def test_the_documented_packing_packs(tmp_path: Path, model_dir: Path) -> None:
+def test_the_documented_packing_packs(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """docs/image.md's `pack`, as a user of whom the image knows nothing."""
     text = (ROOT / "docs/image.md").read_text()
     (line,) = re.findall(r"^    docker run (--rm .* pack .*)$", text, re.MULTILINE)
@@ -64,11 +66,9 @@ def test_the_documented_packing_packs(tmp_path: Path, model_dir: Path) -> None:
     done = podman("run", *LOCAL, *shlex.split(line))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.key").stat().st_uid == USER
-    assert tensorserve(["verify", str(tmp_path / "bundle")]) == 77
-    assert (
-        tensorserve(["verify", str(tmp_path / "bundle"), "--key-file", str(tmp_path / "model.key")])
-        == 0
-    )
+    assert tensorserve(["verify", str(tmp_path / "bundle")]) == 78
+    monkeypatch.setenv("TENSORSERVE_KEY_FILE", str(tmp_path / "model.key"))
+    assert tensorserve(["verify", str(tmp_path / "bundle")]) == 0
 
 
 def test_no_arguments_and_no_settings_say_what_to_set() -> None:
