@@ -29,14 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(_Parser.parse(words), os.environ)
     except ConfigurationError as error:
-        for problem in (*error.problems, *getattr(error, "__notes__", ())):
+        for problem in (*error.problems, *_notes(error)):
             _complain(problem)
         return error.exit_code
     except TensorserveError as error:
-        _complain("\n".join((str(error), *getattr(error, "__notes__", ()))))
+        _complain("\n".join((str(error), *_notes(error))))
         return error.exit_code
     except KeyboardInterrupt as error:
-        for note in getattr(error, "__notes__", ()):
+        for note in _notes(error):
             _complain(note)
         return SIGINT_CODE
     except BrokenPipeError:
@@ -67,6 +67,11 @@ def _container_words(words: list[str]) -> list[str]:
             # As shells do: 126 found but not executable, 127 not found.
             raise SystemExit(126 if isinstance(error, PermissionError) else 127) from error
     return words
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way up, as what could not be removed after it."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _complain(text: str) -> None:

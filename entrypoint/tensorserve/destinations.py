@@ -119,7 +119,7 @@ class _Directory(Destination):
         with _explained(self._path):
             if not self._exists:
                 self._staging.rename(self._path)
-                _sync_directory(self._path.parent)
+                sync_directory(self._path.parent)
                 return
             # manifest.json was written last: until it is moved, the old one refuses new weights.
             for name in self._names:
@@ -128,7 +128,7 @@ class _Directory(Destination):
                 (self._staging / name).replace(target)
             for name in self._stale.difference(self._names):
                 (self._path / name).unlink(missing_ok=True)
-            _sync_directory(self._path)
+            sync_directory(self._path)
             shutil.rmtree(self._staging)
 
     def discard(self) -> None:
@@ -271,7 +271,8 @@ def reserve(descriptor: int, size: int) -> None:
             raise
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """fsync for the names in a directory. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -53,7 +53,6 @@ def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-    library.sync_file_range.argtypes = (
-        *(ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_uint),
-    )
+    offsets = (ctypes.c_longlong, ctypes.c_longlong)
+    library.sync_file_range.argtypes = (ctypes.c_int, *offsets, ctypes.c_uint)
     return library

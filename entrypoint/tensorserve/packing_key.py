@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tensorserve.destinations import sync_directory
 from tensorserve.errors import ConfigurationError, UsageError
 from tensorserve.format import KEY_SIZE
 from tensorserve.keys import parse_key, parse_passphrase
@@ -55,11 +56,7 @@ def _make_key(path: Path) -> bytes | None:
             file.flush()
             os.fsync(file.fileno())
         # The bundle may outlive this machine: the key must not be lost with its power.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ConfigurationError(

@@ -74,9 +74,16 @@ def _connections(name: str, value: object) -> Mapped:
     return {"TENSORSERVE_FETCH_CONNECTIONS": str(value)}
 
 
+_WORDS: dict[str, object] = {"True": True, "true": True, "False": False, "false": False}
+
+
+def _meant(value: object) -> object:
+    """`value`, true and false also where they are words, as on earlier revisions of vLLM's page."""
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
 def _flag(name: str, value: object) -> bool:
-    if value in ("True", "true", "False", "false"):
-        return str(value).lower() == "true"  # as earlier revisions of vLLM's page wrote it
+    value = _meant(value)
     if not isinstance(value, bool):
         raise ConfigurationError(f"model_loader_extra_config: {name!r} is not true or false.")
     return value
@@ -94,7 +101,7 @@ def _found_by_itself(name: str, value: object) -> Mapped:
 
 def _refused(reason: str) -> Callable[[str, Any], Mapped]:
     def refuse(name: str, value: object) -> Mapped:
-        if value in ({}, False, "False", "false"):
+        if _meant(value) in ({}, False):
             return {}  # as good as not given
         raise ConfigurationError(
             f"model_loader_extra_config: {name!r} cannot be given: {reason}", hint="Leave it out."
