@@ -24,6 +24,17 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TextIO, int]]:
     os.close(reader)
 
 
+def shown_on(terminal: tuple[TextIO, int]) -> str:
+    """What has come since the last call. The kernel hands it on in pieces: a mark ends it."""
+    stream, reader = terminal
+    stream.write("\0")
+    stream.flush()
+    seen = b""
+    while not seen.endswith(b"\0"):
+        seen += os.read(reader, 4096)
+    return seen[:-1].decode()
+
+
 def loading(copied: int = 500) -> StartState:
     return fold([*whole_start()[:10], progress(136, copied)])
 
@@ -32,9 +43,8 @@ def test_a_terminal_gets_one_line_with_bar_size_rate_and_eta(
     terminal: tuple[TextIO, int],
 ) -> None:
     """All that one wants to know, redrawn in place."""
-    stream, reader = terminal
-    ProgressView(stream).update(loading(), now=136)
-    shown = os.read(reader, 4096).decode()
+    ProgressView(terminal[0]).update(loading(), now=136)
+    shown = shown_on(terminal)
     assert "\n" not in shown
     for part in ("████████████░░░░░░░░░░░░", "load", "50%", "GiB/s", "ETA 0:05"):
         assert part in shown
@@ -46,33 +56,31 @@ def test_a_line_never_runs_over_the_edge(terminal: tuple[TextIO, int]) -> None:
     import struct
     import termios
 
-    stream, reader = terminal
+    stream, _ = terminal
     fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
     ProgressView(stream).update(loading(), now=136)
-    assert len(os.read(reader, 4096).decode().removeprefix("\r\x1b[2K")) == 29
+    assert len(shown_on(terminal).removeprefix("\r\x1b[2K")) == 29
 
 
 def test_the_bar_makes_room_for_other_output_and_comes_back(terminal: tuple[TextIO, int]) -> None:
     """Logs of the engine appear between two drawings."""
-    stream, reader = terminal
-    view = ProgressView(stream)
+    view = ProgressView(terminal[0])
     view.update(loading(), now=136)
-    os.read(reader, 4096)
+    shown_on(terminal)
     view.clear()
-    assert os.read(reader, 4096) == b"\r\x1b[2K"
+    assert shown_on(terminal) == "\r\x1b[2K"
     view.update(loading(), now=136.01)
-    assert "50%" in os.read(reader, 4096).decode()
+    assert "50%" in shown_on(terminal)
 
 
 def test_the_end_leaves_a_line_and_no_bar(terminal: tuple[TextIO, int]) -> None:
     """Ready, with the seconds it took."""
-    stream, reader = terminal
-    view = ProgressView(stream)
+    view = ProgressView(terminal[0])
     view.update(loading(), now=136)
-    os.read(reader, 4096)
+    shown_on(terminal)
     view.update(fold(whole_start()), now=160)
     view.close()
-    assert os.read(reader, 4096).decode() == "\r\x1b[2Ktensorserve: ready after 60.0 s\r\n"
+    assert shown_on(terminal) == "\r\x1b[2Ktensorserve: ready after 60.0 s\r\n"
 
 
 def test_a_pipe_gets_a_line_at_each_phase_and_each_tenth() -> None:
@@ -127,9 +135,8 @@ def test_output_that_nobody_reads_any_more_ends_nothing() -> None:
 
 def test_nothing_is_drawn_for_a_start_that_ended(terminal: tuple[TextIO, int]) -> None:
     """The error message that follows must stand alone."""
-    stream, reader = terminal
-    view = ProgressView(stream)
+    view = ProgressView(terminal[0])
     view.update(loading(), now=136)
-    os.read(reader, 4096)
+    shown_on(terminal)
     view.update(fold([*whole_start()[:10], at(137, "engine_exit", code=65)]), now=137)
-    assert os.read(reader, 4096) == b"\r\x1b[2K"
+    assert shown_on(terminal) == "\r\x1b[2K"
