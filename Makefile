@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock docker/requirements-test.lock
-BUILD := entrypoint/hatch_build.py entrypoint/tensorserve/format/secretbox.c
+BUILD := entrypoint/hatch_build.py $(wildcard entrypoint/tensorserve/*/*.c)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: help

@@ -1,6 +1,6 @@
-"""Compiles format/secretbox.c into the wheel, where a C compiler and an x86-64 processor are there.
+"""Compiles the package's C (one library each, called through ctypes) into the wheel.
 
-Elsewhere the wheel is pure Python, and libsodium does the same work more slowly.
+Without a compiler the wheel is pure Python: libsodium and Python's ssl do the same, more slowly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("entrypoint") / "tensorserve" / "format"
+PACKAGE = Path("entrypoint") / "tensorserve"
+# {source: the only processor it is for, or None}
+SOURCES = {
+    PACKAGE / "format" / "secretbox.c": "x86_64",
+    PACKAGE / "sources" / "tls.c": None,
+}
 FLAGS = ("-O3", "-Wall", "-Wextra", "-shared", "-fPIC", "-fvisibility=hidden")
 
 
@@ -28,19 +33,24 @@ class CustomBuildHook(BuildHookInterface[Any]):
             return
         words = os.environ.get("CC", "").split() or [shutil.which("cc") or shutil.which("gcc")]
         compiler = [word for word in words if word]
-        if not compiler or platform.machine() != "x86_64":
-            self.app.display_warning(
-                "No C compiler for x86-64 here: libsodium alone opens encrypted models."
-            )
+        if not compiler:
+            self.app.display_warning("No C compiler here: libsodium and Python's ssl do its work.")
             return
-        source = Path(self.root) / FOLDER / "secretbox.c"
-        library = source.with_name("_secretbox.so")
-        # Under another name first: a running process may have the old one mapped.
-        fresh = library.with_suffix(".new")
-        subprocess.run([*compiler, *FLAGS, "-o", str(fresh), str(source)], check=True)
-        fresh.replace(library)
-        build_data["artifacts"].append(str(FOLDER / library.name))
+        for source, processor in SOURCES.items():
+            if processor in {None, platform.machine()}:
+                library = _compile(compiler, Path(self.root) / source)
+                build_data["artifacts"].append(str(library.relative_to(self.root)))
         build_data["pure_python"] = False
         # It is called through ctypes: any Python, one platform.
         name = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{name}"
+
+
+def _compile(compiler: list[str], source: Path) -> Path:
+    """tls.c becomes _tls.so beside it."""
+    library = source.with_name(f"_{source.stem}.so")
+    # Under another name first: a running process may have the old one mapped.
+    fresh = library.with_suffix(".new")
+    subprocess.run([*compiler, *FLAGS, "-o", str(fresh), str(source)], check=True)
+    fresh.replace(library)
+    return library

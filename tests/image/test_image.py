@@ -162,3 +162,15 @@ def test_our_cipher_is_built_in_and_taken_where_the_processor_can() -> None:
         "True",
         "AVX-512" if able else "libsodium",
     ]
+
+
+def test_tls_is_read_by_our_c() -> None:
+    """Debian's Python links to OpenSSL, and keeps its connections where tls.py looks for them."""
+    script = (
+        "import socket, ssl; from tensorserve.sources import tls;"
+        "near, far = socket.socketpair();"
+        "connection = ssl.create_default_context().wrap_socket(near, server_hostname='x', "
+        "do_handshake_on_connect=False);"
+        "print(type(tls.receiver(connection, 1, 1).__self__).__name__)"
+    )
+    assert run("python", "-c", script).stdout.split() == ["_Native"]

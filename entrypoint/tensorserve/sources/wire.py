@@ -24,6 +24,7 @@ from urllib3.exceptions import (
 )
 
 from tensorserve.errors import SourceUnavailableError
+from tensorserve.sources import tls
 from tensorserve.sources.retry import TryAgain
 
 # Of an error document; S3's are a few hundred bytes.
@@ -31,8 +32,6 @@ MAX_ERROR_BODY = 64 * 1024
 # Received in one call: large enough that Python's share is small, small enough that the rate of a
 # slow connection (10 MB/s: 25 ms) can be seen from outside.
 _AT_ONCE = 256 * 1024
-# From here on, the next record of a slow TLS connection ends the gathering.
-_TLS_SECONDS = 0.025
 
 
 class Closing:
@@ -101,7 +100,7 @@ def _receiver(raw: HTTPResponse, seconds: float) -> Callable[[memoryview], int] 
         _wait_in_kernel(found, seconds)
         return partial(_receive_plain, found)
     if type(found) is ssl.SSLSocket:
-        return _TlsReceiver(found).receive
+        return tls.receiver(found, seconds, _AT_ONCE)
     return None
 
 
@@ -113,36 +112,6 @@ def _receive_plain(plain: socket.socket, wanted: memoryview) -> int:
         return plain.recv_into(wanted, count, socket.MSG_WAITALL)
     except BlockingIOError as error:
         raise TimeoutError("nothing came in time") from error
-
-
-class _TlsReceiver:
-    """Reads a TLS connection, which gives one record (16 KiB at most) at a time.
-
-    So the records are gathered here, where nothing else is done between two of them.
-    """
-
-    def __init__(self, tls: ssl.SSLSocket) -> None:
-        self._tls = tls
-        self._failure: OSError | None = None
-
-    def receive(self, wanted: memoryview) -> int:
-        """Some of `wanted`; what failed after its first bytes is raised by the next call."""
-        if self._failure is not None:
-            raise self._failure
-        read, size = self._tls.recv_into, min(len(wanted), _AT_ONCE)
-        until = time.monotonic() + _TLS_SECONDS
-        count = 0
-        try:
-            while count < size:
-                got = read(wanted[count:size])
-                count += got
-                if not got or time.monotonic() > until:
-                    break
-        except OSError as error:
-            if not count:
-                raise
-            self._failure = error
-        return count
 
 
 def _wait_in_kernel(plain: socket.socket, seconds: float) -> None:

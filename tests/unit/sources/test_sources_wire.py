@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import ssl
 import threading
@@ -14,10 +16,19 @@ import pytest
 from urllib3 import HTTPResponse as Response
 
 from certificates import PrivateCA
+from tensorserve.sources import tls as within_tls
 from tensorserve.sources.wire import Body
 
 HEADER = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
 DATA = bytes(range(256)) * 400  # seven records
+
+
+@pytest.fixture(params=["tls.c", "Python's ssl"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to read; the second is for where nothing could be compiled."""
+    if request.param != "tls.c":
+        monkeypatch.setattr(within_tls, "_functions", lambda: None)
+    return str(request.param)
 
 
 @contextmanager
@@ -87,3 +98,62 @@ def test_what_came_before_an_end_or_a_stall_is_given_first(tmp_path: Path, broke
             with pytest.raises(TimeoutError):
                 source.fill(rest)
         hold.set()
+
+
+def test_the_fast_way_is_taken_where_it_was_built(way: str) -> None:
+    """Else nobody would notice that it is gone."""
+    near, far = socket.socketpair()
+    with ssl.create_default_context().wrap_socket(
+        near, server_hostname="x", do_handshake_on_connect=False
+    ) as tls:
+        chosen = within_tls.receiver(tls, 1, 1000)
+        assert (type(chosen.__self__).__name__ == "_Native") == (way == "tls.c")  # type: ignore[attr-defined]
+    far.close()
+
+
+def test_a_connection_that_cannot_be_found_is_read_by_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another Python may keep OpenSSL's pointer elsewhere: what stands beside it tells."""
+    near, far = socket.socketpair()
+    with ssl.create_default_context().wrap_socket(
+        near, server_hostname="x", do_handshake_on_connect=False
+    ) as tls:
+        monkeypatch.setattr(within_tls.weakref, "getweakrefs", lambda _: [])
+        chosen = within_tls.receiver(tls, 1, 1000)
+        assert type(chosen.__self__).__name__ == "_Gathering"  # type: ignore[attr-defined]
+    far.close()
+
+
+def test_what_is_damaged_is_said_with_openssls_reason(tmp_path: Path) -> None:
+    """After what came before it; bytes that are no record of TLS."""
+
+    def send(tls: ssl.SSLSocket) -> None:
+        tls.sendall(DATA)
+        os.write(tls.fileno(), bytes(range(100, 200)))
+
+    with body(tmp_path, send) as source:
+        data, _ = gathered(source, len(DATA))
+        assert data == DATA
+        for _ in range(2):
+            with pytest.raises(ssl.SSLError, match=r"(?i)wrong.version.number"):
+                source.fill(memoryview(bytearray(10)))
+
+
+def test_a_signal_does_not_end_the_waiting(tmp_path: Path) -> None:
+    """Python handles it at once; then the reading goes on."""
+    heard = threading.Event()
+    main = threading.get_ident()
+
+    def send(tls: ssl.SSLSocket) -> None:
+        while not heard.wait(0.02):
+            signal.pthread_kill(main, signal.SIGUSR1)
+        tls.sendall(DATA)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.set())
+    try:
+        with body(tmp_path, send) as source:
+            data, _ = gathered(source, len(DATA))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert data == DATA
