@@ -66,6 +66,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             EventLog(events_path(self._started.settings.state_dir)) if self._started else None
         )
         self._rank = 0
+        self._ranks_here = 1
         self._device = torch.device("cpu")
         self._progress = LoadProgress()
 
@@ -77,6 +78,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     ) -> nn.Module:
         """The module with its weights, processed for this device's kernels."""
         self._rank = get_tensor_model_parallel_rank()
+        parallel = vllm_config.parallel_config
+        self._ranks_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         if self._started is None:
             self._started = own_start(self._options, get_tensor_model_parallel_world_size())
         self._phase("import", "end")
@@ -236,11 +239,11 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             end()
 
     def _memory_limit(self) -> int:
-        """Bytes of host memory that this load may take beside what is fetched ahead."""
+        """Bytes of host memory that this rank's load may take beside what is fetched ahead."""
         limit = self._start.settings.host_memory_limit
         if self._start.prefetched is not None:
             limit -= prefetch_budget(self._start.settings)
-        return limit
+        return limit // self._ranks_here
 
     def _staging(self) -> Staging | None:
         """The way to a GPU; None where tensors stay in host memory, or are hashed there first."""

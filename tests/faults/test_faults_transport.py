@@ -6,15 +6,19 @@ import itertools
 import time
 from dataclasses import replace
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from commands import command
 from loading import Load, load
 from proxy import Asked, FaultProxy
-from stored import BUCKET, IMPATIENT, MIB, POLICY, Stored
+from safetensors.torch import save_file
+from stored import BUCKET, IMPATIENT, MIB, POLICY, Stored, tensors
 
+from rangeserver import RangeServer
 from tensorserve.errors import SourceUnavailableError
-from tensorserve.sources import RetryPolicy, list_names
+from tensorserve.packing import pack
+from tensorserve.sources import Access, RetryPolicy, list_names
 
 
 def loaded(
@@ -248,6 +252,41 @@ def test_f3_a_header_that_never_ends(stored: Stored, proxy: FaultProxy, beyond: 
     assert proxy.fired == {"drip": 1}
     assert stalls(done) >= 1
     assert done.seconds < 10
+
+
+# Nothing but another connection that has nothing to do can help within it.
+PATIENT = replace(POLICY, stall_timeout=25.0)
+
+
+@pytest.mark.parametrize("kind", ["stall", "slow"])
+def test_f3_one_late_connection_delays_nothing(
+    stored: Stored, proxy: FaultProxy, kind: str
+) -> None:
+    """F3: long before it would be given up. What is sealed is read a second time."""
+    proxy.add(kind, after=100_000, rate=40_000)
+    done = loaded(stored, proxy, PATIENT)
+    assert proxy.fired == {kind: 1}
+    assert done.seconds < 10
+
+
+@pytest.mark.parametrize("kind", ["stall", "slow", "silent"])
+def test_f3_one_late_connection_delays_no_plain_load_either(
+    stored: Stored, tmp_path: Path, kind: str
+) -> None:
+    """F3: what is received where it belongs is asked for anew, from where it stands."""
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    save_file(tensors(1), source / "model.safetensors", {"format": "pt"})
+    pack(source, str(tmp_path / "bundle"), access=Access())
+    with RangeServer(tmp_path / "bundle") as server, FaultProxy(server.url) as proxy:
+        proxy.add(kind, after=300_000, rate=40_000, beyond=8 * MIB)
+        done = load(f"{proxy.url}/model.tensors", Access(policy=PATIENT), None)
+        # One that has not begun to answer has written nowhere: another reads it.
+        assert done.retries == ({} if kind == "silent" else {"slow": 1})
+        assert done.digests == stored.digests
+        assert proxy.fired == {kind: 1}
+        assert done.seconds < 10
 
 
 def test_f3_a_server_that_stalls_without_end_ends_the_load(

@@ -76,6 +76,8 @@ class Pending:
     parts: dict[int, _Part] = field(default_factory=dict)
     left: int = field(init=False)
     """Bytes that are not open in their place yet, and one for the header."""
+    true_header: TensorHeader | None = None
+    """Read a second time, and with other chunks than the first: all of it has to be read again."""
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.RLock = field(default_factory=threading.RLock)
     sent: object | None = None  # where it is staged: what to wait for on the device
@@ -275,12 +277,38 @@ class Opener:
 
     def _open_again(self, tensor: Pending, index: int) -> None:
         """Nonce and tag may be what was damaged, so the header is read anew as well."""
-        header = tensor.header = self._read_header_again(tensor.record)
+        with tensor.lock:
+            if tensor.true_header is not None:
+                return  # none of its chunks was cut where it should be
+            header = self._read_header_again(tensor.record)
+            if not _same_chunks(header, tensor.header):
+                tensor.true_header = header
+                return
+            tensor.header = header
+        self._read_chunk(tensor, header, index)
+
+    def _read_chunk(self, tensor: Pending, header: TensorHeader, index: int) -> tuple[int, int]:
+        """Read a chunk past all that was read before, and open it; gives where it stands."""
         assert header.chunks is not None
         begin, end = header.chunks.chunk_bounds(index, tensor.record.length)
         here = self._place(tensor, begin, end)
-        self._source.read_into(tensor.record.data_offset + begin, here)
+        self._source.read_again(tensor.record.data_offset + begin, here)
         open_tensor_chunk(header, self._key_for(header), index, here, here)
+        return begin, end
+
+    def _read_all_again(self, tensor: Pending, header: TensorHeader) -> bool:
+        """What came was cut by a damaged header. One thread, chunk by chunk: it is that rare."""
+        tensor.header, tensor.true_header = header, None
+        assert header.chunks is not None
+        if self._staging is not None and not tensor.view and _crosses_parts(header):
+            if tensor.memory.is_cuda:
+                torch.cuda.synchronize(tensor.memory.device)  # parts of it are on their way
+            self._to_one_place(tensor)
+        tensor.left = tensor.record.length
+        complete = False
+        for index in range(header.chunks.count):
+            complete = self._arrived(tensor, *self._read_chunk(tensor, header, index))
+        return complete
 
     def _key_for(self, header: TensorHeader) -> bytes:
         assert self._key is not None
@@ -359,14 +387,26 @@ class Opener:
             tensor.left -= count
             if tensor.left:
                 return False
-        assert tensor.header is not None
+        if tensor.true_header is not None:
+            return self._read_all_again(tensor, tensor.true_header)
         if self._hashes:
-            verify_hashes(tensor.header, tensor.view)
+            self._verify(tensor)
         if self._staging is not None:
             if tensor.view:
                 tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
             tensor.sent = self._staging.sent()
         return True
+
+    def _verify(self, tensor: Pending) -> None:
+        """Raises CorruptError where the hashes do not fit a second time either."""
+        assert tensor.header is not None
+        try:
+            verify_hashes(tensor.header, tensor.view)
+        except CorruptError:
+            tensor.header = self._read_header_again(tensor.record)
+            if tensor.header.chunks is None:  # else the tags have vouched for the bytes
+                self._source.read_again(tensor.record.data_offset, tensor.view)
+            verify_hashes(tensor.header, tensor.view)
 
     # Headers -------------------------------------------------------------------------------------
 
@@ -379,7 +419,9 @@ class Opener:
 
     def _read_header_again(self, record: TensorRecord) -> TensorHeader:
         self._progress.retry("corrupt")
-        return self._parse(record, self._source.read(record.header_offset, record.header_length))
+        data = bytearray(record.header_length)
+        self._source.read_again(record.header_offset, memoryview(data))
+        return self._parse(record, data)
 
 
 def _chunks_within(
@@ -389,6 +431,17 @@ def _chunks_within(
     size = length if chunks.count == 1 else chunks.chunk_size
     for index in range(start // size, -(-stop // size)):
         yield index, *chunks.chunk_bounds(index, length)
+
+
+def _same_chunks(one: TensorHeader, other: TensorHeader | None) -> bool:
+    """Whether both cut the tensor in the same places."""
+    assert one.chunks is not None
+    assert other is not None
+    assert other.chunks is not None
+    first, second = one.chunks, other.chunks
+    return first.count == second.count and (
+        first.count == 1 or first.chunk_size == second.chunk_size
+    )
 
 
 def _crosses_parts(header: TensorHeader) -> bool:

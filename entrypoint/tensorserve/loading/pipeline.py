@@ -249,7 +249,7 @@ class TensorStream:
                 finally:
                     self._schedule.end(job)
                 self._source.passed(min(self._schedule.low_water(), self._source.size))
-            elif not self._reader.double():
+            elif not self._reader.help():
                 self._stopped.wait(_IDLE_SECONDS)
 
     def _admit(self, record: TensorRecord, wait: bool) -> Pending | None:

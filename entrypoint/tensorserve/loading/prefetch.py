@@ -168,6 +168,14 @@ class PrefetchedSource(ReadsParts):
                 self._source.read_parts(place, *parts.rest())
                 return
 
+    def read_again(self, offset: int, buffer: memoryview) -> None:
+        """See `Source`: the memory has what came damaged."""
+        self._source.read_again(offset, buffer)
+
+    def hurry(self, thread: int) -> None:
+        """See `Source`."""
+        self._source.hurry(thread)
+
     def passed(self, offset: int) -> None:
         """Nothing before `offset` is needed any more."""
         if offset > self._shared.position(self._rank):

@@ -20,8 +20,8 @@ from tensorserve.sources import Source
 # What is received at once of what is sealed: behind a network, where a thread waits for each strip
 # beside many others, small enough that all of them stay in a cache.
 _REMOTE_STRIP_BYTES = 1024**2
-# A span that takes this long while another connection has nothing to do is read a second time.
-_DOUBLE_SECONDS = 0.5
+# A span that takes this long is late, where another connection has nothing to do.
+_LATE_SECONDS = 0.5
 
 
 def strip_bytes(remote: bool, direct: bool) -> int:
@@ -84,12 +84,19 @@ class Reader:
 
         self._source.read_parts(spans[0].offset, [span.length for span in spans], memory, arrived)
 
-    def double(self) -> bool:
-        """Read what another connection is slow with a second time; whoever is first opens it."""
-        # What is received where it belongs must not be written by two.
-        span = None if self._direct else self._schedule.double(_DOUBLE_SECONDS)
-        if span is None:
+    def help(self) -> bool:
+        """With what another connection is late: read it a second time, whoever is first opens it.
+
+        False where nothing is late.
+        """
+        late = self._schedule.late(_LATE_SECONDS)
+        if late is None:
             return False
+        span, thread = late
+        if self._places(span) and not self._may_place(span):
+            # Two must not write where it belongs: it has to be asked for anew by the same thread.
+            self._source.hurry(thread)
+            return True
         buffer = self._memory(span)
         self._source.read_into(span.offset, buffer)
         self._open(span, buffer)
@@ -97,7 +104,7 @@ class Reader:
 
     def _memory(self, span: Span[Pending]) -> memoryview:
         """Where a span is received: the thread's own strip, or where its tensor belongs."""
-        if self._places(span):
+        if self._places(span) and self._may_place(span):
             piece = span.pieces[0]
             place = piece.target.view[piece.start : piece.start + piece.length]
             populate(place)
@@ -110,12 +117,22 @@ class Reader:
     def _places(self, span: Span[Pending]) -> bool:
         return self._direct and len(span.pieces) == 1 and not span.pieces[0].header
 
+    def _may_place(self, span: Span[Pending]) -> bool:
+        """Whether this thread is the one that receives it where it belongs."""
+        me = threading.get_ident()
+        with self._claiming:
+            if span.placed_by is None:
+                span.placed_by = me
+            return span.placed_by == me
+
     def _open(self, span: Span[Pending], buffer: memoryview) -> None:
+        placed = self._places(span)
+        if placed and not self._may_place(span):
+            return  # it was read for nothing
         with self._claiming:
             first, span.opened = not span.opened, True
         if not first:  # the other connection was
             return
-        placed = self._places(span)
         at = 0
         for piece in span.pieces:
             data = buffer[at : at + piece.length]

@@ -59,6 +59,8 @@ class Span(Generic[Target]):
     """Whether more small pieces may join it."""
     opened: bool = False
     """Whether some thread opens it or has opened it: it may be read twice."""
+    placed_by: int | None = None
+    """The thread that receives it where it belongs: only one may."""
 
     @property
     def data_bytes(self) -> int:
@@ -77,6 +79,8 @@ class Job(Generic[Target]):
     """When the span that is on its way was begun; monotonic seconds."""
     doubled: bool = False
     """Whether another connection reads the span on its way as well."""
+    thread: int = field(default_factory=threading.get_ident)
+    """That does it."""
 
     @property
     def place(self) -> int:
@@ -147,14 +151,16 @@ class Schedule(Generic[Target]):
             self._running.append(job)
             return job
 
-    def double(self, older_than: float) -> Span[Target] | None:
-        """A span that has been on its way for that many seconds, to be read a second time."""
+    def late(self, older_than: float) -> tuple[Span[Target], int] | None:
+        """(a span that has been on its way for that many seconds, the thread that waits for it);
+        each once.
+        """
         now = time.monotonic()
         with self._lock:
             for job in self._running:
                 if job.next < job.stop and not job.doubled and now - job.began > older_than:
                     job.doubled = True
-                    return job.spans[job.next]
+                    return job.spans[job.next], job.thread
         return None
 
     def passed(self, job: Job[Target]) -> bool:

@@ -51,6 +51,12 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`."""
 
+    def read_again(self, offset: int, buffer: memoryview) -> None:
+        """As `read_into`, of bytes that came damaged: from where they stand, not from a memory."""
+
+    def hurry(self, thread: int) -> None:
+        """What `thread` (its ident) waits for is late, and should be asked for in another way."""
+
     def passed(self, offset: int) -> None:
         """Nothing before `offset` is needed any more, unless it turns out to be damaged."""
 

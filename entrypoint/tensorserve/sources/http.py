@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,9 @@ class HttpSource(ReadsParts):
         self._modified: str | None = None
         self._head = b""
         self._checked_hosts: set[tuple[str, int]] = set()
+        self._bodies: dict[int, Body] = {}
+        """That are being read, by thread."""
+        self._lock = threading.Lock()
         self._open()
 
     # What sources do -----------------------------------------------------------------------------
@@ -124,6 +128,12 @@ class HttpSource(ReadsParts):
                     self._renew(refused, attempts)
             except TryAgain as cause:
                 attempts.failed(cause)
+
+    def hurry(self, thread: int) -> None:
+        """See `Source`: what it reads is asked for anew, from where it is."""
+        with self._lock:
+            if thread in self._bodies:
+                self._bodies[thread].break_off()
 
     def close(self) -> None:
         """Close all connections."""
@@ -194,6 +204,24 @@ class HttpSource(ReadsParts):
     ) -> None:
         """The body into `filling`, which knows how much of it came before a TryAgain."""
         body = Body(response, self._policy.stall_timeout)
+        thread = threading.get_ident()
+        with self._lock:
+            # What is done with a part may be to read something else.
+            outer, self._bodies[thread] = self._bodies.get(thread), body
+        try:
+            self._receive_body(body, response.url or self._url, filling, attempts)
+        except TryAgain as cause:
+            if body.broken_off:
+                raise TryAgain("slow", "it was late", after=0.0) from cause
+            raise
+        finally:
+            with self._lock:
+                if outer is None:
+                    del self._bodies[thread]
+                else:
+                    self._bodies[thread] = outer
+
+    def _receive_body(self, body: Body, url: str, filling: Filling, attempts: Attempts) -> None:
         window_start, window_bytes = time.monotonic(), 0
         while not filling.finished:
             # Outside the watchdog's window: waiting for memory is not the network's fault, nor what
@@ -204,7 +232,7 @@ class HttpSource(ReadsParts):
             try:
                 count = body.fill(wanted)
             except (HTTPError, OSError) as error:
-                raise self._as_passing(error, response.url or self._url) from error
+                raise self._as_passing(error, url) from error
             if not count:
                 raise TryAgain("short_body", "the connection ended before the range did")
             self._observer.received(count)

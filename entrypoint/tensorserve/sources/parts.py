@@ -109,7 +109,14 @@ class ReadsParts(ABC):
         self.read_into(offset, memoryview(data))
         return bytes(data)
 
-    def passed(self, offset: int) -> None:  # noqa: B027 - nothing to do is right for most
+    def read_again(self, offset: int, buffer: memoryview) -> None:
+        """See `Source`."""
+        self.read_into(offset, buffer)
+
+    def hurry(self, thread: int) -> None:  # noqa: B027 - nothing to do is right for most
+        """There is no other way."""
+
+    def passed(self, offset: int) -> None:  # noqa: B027
         """Nothing is kept here that could go."""
 
     def within(self, offset: int, filling: Filling) -> int:

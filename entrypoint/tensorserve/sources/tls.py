@@ -67,20 +67,21 @@ class _Native:
         # Keeps the connection alive, whoever closes the socket meanwhile.
         self._owner = tls._sslobj  # type: ignore[attr-defined]
         self._connection, self._descriptor = connection, tls.fileno()
-        self._size, self._patience = size, max(1, int(seconds * 1e3))
-        self._end: OSError | bool = False
+        self._size, self._seconds = size, seconds
+        self._end: _End | None = None
 
     def receive(self, wanted: memoryview) -> int:
         """Some of `wanted`."""
         size = min(len(wanted), self._size)
+        if not size:
+            return 0
         memory = (ctypes.c_ubyte * size).from_buffer(wanted)
         end = _End()
+        until = time.monotonic() + self._seconds
         count = 0
         while not count:
-            if isinstance(self._end, OSError):
-                raise self._end
-            if self._end:
-                return 0
+            if self._end is not None:
+                return self._tell(self._end)
             count = self._functions.receive(
                 ctypes.byref(self._functions.openssl),
                 self._connection,
@@ -88,23 +89,23 @@ class _Native:
                 memory,
                 size,
                 int(_GATHER_SECONDS * 1e3),
-                self._patience,
+                max(0, int((until - time.monotonic()) * 1e3)),
                 ctypes.byref(end),
             )
-            if end.error and end.error != _INTERRUPTED:
-                self._end = self._reason(end)
+            if end.error not in {0, _INTERRUPTED}:
+                self._end = end
         return int(count)
 
-    def _reason(self, end: _End) -> OSError | bool:
-        """The error, as Python's ssl would raise it; True for an end."""
+    def _tell(self, end: _End) -> int:
+        """Raises what Python's ssl would raise; gives 0 where the connection was closed."""
         if end.error == _NOTHING_IN_TIME:
-            return TimeoutError("nothing came in time")
+            raise TimeoutError("nothing came in time")
         if end.error == _SSL and end.reason & _REASON_BITS != _UNEXPECTED_END:
             said = self._functions.say(end.reason)
-            return ssl.SSLError(_SSL, said.decode() if said else "unknown error")
+            raise ssl.SSLError(_SSL, said.decode() if said else "unknown error")
         if end.error == _SYSCALL and end.number:
-            return OSError(end.number, "while reading within TLS")
-        return True  # closed, properly or not: the caller knows how much is missing
+            raise OSError(end.number, "while reading within TLS")
+        return 0  # properly or not: the caller knows how much is missing
 
 
 class _Gathering:

@@ -7,6 +7,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPResponse
 from urllib.parse import urlsplit
@@ -66,6 +67,17 @@ class Body:
         counted = isinstance(raw, HTTPResponse) and not raw.chunked and raw.length is not None
         self._raw: HTTPResponse | None = raw if counted else None
         self._receive: Callable[[memoryview], int] | None = None
+        self._socket = _socket_below(raw) if isinstance(raw, HTTPResponse) else None
+        self.broken_off = False
+        """Whether `break_off` was called."""
+
+    def break_off(self) -> None:
+        """End the connection, from another thread: a `fill` that waits gives what has come."""
+        if self._socket is not None:
+            self.broken_off = True
+            with suppress(OSError):
+                # Not SSLSocket's own: it would pull TLS away from under the reader.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def fill(self, buffer: memoryview) -> int:
         """Fill `buffer` as far as the body goes, or time; gives the bytes, 0 at the end.
@@ -95,13 +107,18 @@ class Body:
 
 def _receiver(raw: HTTPResponse, seconds: float) -> Callable[[memoryview], int] | None:
     """What reads the socket below a response, as long as it is one of Python's own."""
-    found = getattr(getattr(raw.fp, "raw", None), "_sock", None)
+    found = _socket_below(raw)
     if type(found) is socket.socket:
         _wait_in_kernel(found, seconds)
         return partial(_receive_plain, found)
     if type(found) is ssl.SSLSocket:
         return tls.receiver(found, seconds, _AT_ONCE)
     return None
+
+
+def _socket_below(raw: HTTPResponse) -> socket.socket | None:
+    found = getattr(getattr(raw.fp, "raw", None), "_sock", None)
+    return found if isinstance(found, socket.socket) else None
 
 
 def _receive_plain(plain: socket.socket, wanted: memoryview) -> int:

@@ -13,16 +13,16 @@ import torch
 from tensorizer import EncryptionParams, TensorSerializer
 
 from tensorserve.errors import CorruptError, SourceUnavailableError
-from tensorserve.format import FileKey, read_header, read_index
+from tensorserve.format import FileKey, TensorRecord, parse_header, read_header, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.loading.schedule import JOB_BYTES, SMALL_BYTES
-from tensorserve.sources.parts import Filling
+from tensorserve.sources.parts import Filling, ReadsParts
 
 MIB = 1024**2
 
 
-class MemorySource:
+class MemorySource(ReadsParts):
     """A source over bytes; `spoil` and `fail_at` make trouble."""
 
     remote = True
@@ -32,6 +32,7 @@ class MemorySource:
         self.data = data
         self.reads: list[tuple[int, int]] = []
         self.spoil: dict[int, int] = {}  # offset → how many more reads of it are damaged
+        self.mask = 1  # how
         self.fail_at: int | None = None
         self.needed_from = 0
 
@@ -43,7 +44,7 @@ class MemorySource:
         for place in self.spoil:
             if offset <= place < offset + len(buffer) and self.spoil[place] > 0:
                 self.spoil[place] -= 1
-                buffer[place - offset] ^= 1
+                buffer[place - offset] ^= self.mask
 
     def read_parts(
         self,
@@ -174,6 +175,86 @@ def test_a_chunk_damaged_at_rest_ends_the_load(encrypted: bytes) -> None:
     source.spoil = {record.data_offset + 7: 1000}
     with pytest.raises(CorruptError, match="chunk_and_one"):
         streamed(source, LoadOptions(connections=3), GivenKey(KEY, "test"))
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """(a file with a tensor of several chunks, in spite of its size; its tensors)."""
+    path = tmp_path_factory.mktemp("chunked") / "model.tensors"
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+    serializer._crypt_chunk_size = 4096
+    tensors = {
+        "before": torch.arange(11, dtype=torch.int16),
+        "chunked": torch.arange(10_001, dtype=torch.int16),
+        "after": torch.arange(5, dtype=torch.int16),
+    }
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    return path.read_bytes(), tensors
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_any_bit_of_a_header_damaged_on_the_wire_costs_no_more_than_a_read(
+    chunked: tuple[bytes, dict[str, torch.Tensor]], connections: int
+) -> None:
+    """F8: also one that changes where its chunks are cut: they were opened in the wrong places."""
+    data, tensors = chunked
+    record = next(r for r in read_index(MemorySource(data)).tensors if r.name == "chunked")
+    parsed = 0
+    for bit in range(8 * record.header_length):
+        source = MemorySource(data)
+        source.spoil, source.mask = {record.header_offset + bit // 8: 1}, 1 << bit % 8
+        found, progress = streamed(
+            source, LoadOptions(connections=connections), GivenKey(KEY, "test")
+        )
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors), bit
+        assert progress.snapshot()["retries"].keys() <= {"corrupt"}
+        parsed += parses(data, record, bit)
+    assert parsed > 100  # it went on with these headers: nonces, tags, hashes, sizes of chunks
+
+
+def parses(data: bytes, record: TensorRecord, bit: int) -> bool:
+    """Whether the record's header with that bit flipped still looks like one."""
+    header = bytearray(data[record.header_offset : record.data_offset])
+    header[bit // 8] ^= 1 << bit % 8
+    try:
+        parse_header(record, memoryview(header), encrypted=True, source_name="memory")
+    except CorruptError:
+        return False
+    return True
+
+
+def test_bits_of_a_header_damaged_at_rest_ends_the_load_or_harms_nothing(
+    chunked: tuple[bytes, dict[str, torch.Tensor]],
+) -> None:
+    """F8: the hashes, which are not asked for here, are all that may be wrong unseen."""
+    data, tensors = chunked
+    record = next(r for r in read_index(MemorySource(data)).tensors if r.name == "chunked")
+    refused = 0
+    for bit in range(0, 8 * record.header_length, 5):
+        source = MemorySource(data)
+        source.spoil, source.mask = {record.header_offset + bit // 8: 1000}, 1 << bit % 8
+        try:
+            found, _ = streamed(source, LoadOptions(connections=2), GivenKey(KEY, "test"))
+        except CorruptError:
+            refused += 1
+        else:
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors), bit
+    assert refused > 100
+
+
+def test_a_plain_tensor_damaged_on_the_wire_is_read_once_more(
+    plain: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """F8: with TENSORSERVE_VERIFY=hashes, in its data or in its header."""
+    record = next(r for r in read_index(MemorySource(plain)).tensors if r.name == "odd")
+    for place in (record.data_offset, record.data_offset - 1, record.header_offset + 30):
+        source = MemorySource(plain)
+        source.spoil = {place: 1}
+        options = LoadOptions(connections=2, verify_hashes=True)
+        found, progress = streamed(source, options, None)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert progress.snapshot()["retries"].keys() <= {"corrupt"}
 
 
 def test_a_plain_tensor_with_a_wrong_hash_ends_the_load(plain: bytes) -> None:

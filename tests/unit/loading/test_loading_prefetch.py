@@ -17,13 +17,13 @@ from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetch
 from tensorserve.loading.prefetch import PrefetchedSource, Prefetcher
 from tensorserve.loading.shared import BLOCK_BYTES, SharedBlocks
-from tensorserve.sources.parts import Filling
+from tensorserve.sources.parts import Filling, ReadsParts
 
 MIB = 1024**2
 KEY = bytes(range(32))
 
 
-class CountedSource:
+class CountedSource(ReadsParts):
     """A remote source over bytes; counts how often each megabyte is read."""
 
     remote = True
@@ -132,6 +132,23 @@ def same(loaded: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> b
     return loaded.keys() == tensors.keys() and all(
         torch.equal(loaded[name], tensors[name]) for name in tensors
     )
+
+
+def test_what_was_damaged_on_its_way_into_the_memory_is_read_from_the_source_again(
+    encrypted: bytes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """F8: the memory would give the same damage a second time."""
+    record = next(r for r in read_index(CountedSource(encrypted)).tensors if r.name == "t4")
+    for place in (record.data_offset + 7 * MIB, record.header_offset + record.header_length // 2):
+        damaged = bytearray(encrypted)
+        damaged[place] ^= 4
+        source = CountedSource(bytes(damaged))
+        shared = SharedBlocks.create(source.size, source.version, 1)
+        with fetching(source, shared, len(encrypted) + BLOCK_BYTES):
+            wait_for(lambda: all(is_there(shared, b) for b in range(shared.blocks)))  # noqa: B023
+        whole = CountedSource(encrypted)
+        assert same(load(PrefetchedSource(whole, shared, 0, LoadProgress())), tensors)
+        assert 0 < whole.bytes_read < 5 * MIB
 
 
 def test_what_was_fetched_ahead_is_not_fetched_again(

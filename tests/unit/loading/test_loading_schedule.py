@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -173,13 +174,13 @@ def test_a_span_that_hangs_is_given_out_a_second_time_once() -> None:
     one = schedule(records(5 * MIB))
     job = one.claim(1)
     assert job is not None
-    assert one.double(older_than=3600) is None
-    assert one.double(older_than=-1) is job.spans[0]
-    assert one.double(older_than=-1) is None
+    assert one.late(older_than=3600) is None
+    assert one.late(older_than=-1) == (job.spans[0], threading.get_ident())
+    assert one.late(older_than=-1) is None
     one.passed(job)
-    assert one.double(older_than=-1) is job.spans[1]
+    assert one.late(older_than=-1) == (job.spans[1], threading.get_ident())
     one.end(job)
-    assert one.double(older_than=-1) is None
+    assert one.late(older_than=-1) is None
 
 
 def test_the_oldest_job_and_the_first_byte_that_is_needed() -> None:
