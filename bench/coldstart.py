@@ -35,6 +35,8 @@ BUCKET = "models"
 KINDS = ("ours", "no-prefetch", "safetensors", "dummy")
 _POLL_SECONDS = 0.05
 _READY_SECONDS = 600.0
+# Stock vLLM's own messages, with which a phase of its start ends.
+_STOCK_PHASES = {"import": "Starting to load model", "load": "Loading weights took"}
 # As in demo/demo.py, the same for all. Eager: else vLLM compiles for half a minute.
 _FLAGS = {"ENFORCE_EAGER": "true", "MAX_MODEL_LEN": "2048", "DTYPE": "float32"}
 
@@ -183,15 +185,30 @@ def _start_stock(packed: Packed, directory: Path, *more: str) -> Started:
     words = [str(BIN / "vllm"), "serve", str(packed.directory), "--host", "127.0.0.1"]
     words += ["--port", str(port), "--served-model-name", "model", *flags, *more]
     environment = clean_environment() | CPU_ENVIRONMENT
-    return Started(_time(Running(words, environment, directory / "vllm.log", port)), {})
+    ends: dict[str, float] = {}
+    seconds = _time(Running(words, environment, directory / "vllm.log", port), ends)
+    phases: dict[str, float] = {}
+    last = 0.0
+    for phase, end in [*ends.items(), ("the rest", seconds)]:
+        phases[phase] = end - last
+        last = end
+    return Started(seconds, phases)
 
 
-def _time(engine: Running) -> float:
-    """Seconds until /health answers 200; the engine is stopped afterwards."""
+def _time(engine: Running, ends: dict[str, float] | None = None) -> float:
+    """Seconds until /health answers 200; the engine is stopped afterwards.
+
+    `ends` is filled with when the phases of a stock start ended, {phase: seconds}.
+    """
     started = time.monotonic()
     with engine:
         assert engine.process is not None
         while engine.get("/health")[0] != 200:
+            if ends is not None:
+                said = engine.text
+                for phase, message in _STOCK_PHASES.items():
+                    if phase not in ends and message in said:
+                        ends[phase] = time.monotonic() - started
             if engine.process.poll() is not None:
                 raise RuntimeError(f"it ended before it was ready:\n{engine.text[-4000:]}")
             if time.monotonic() - started > _READY_SECONDS:
@@ -241,16 +258,16 @@ def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, A
         ratio = "base" if kind == "dummy" else table.shown(results.spread(ratios), "×")
         rows.append((ratio, label, table.shown(results.spread(seconds))))
     tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready", "rows": rows}]
-    for kind, title in (("ours", "phases"), ("no-prefetch", "phases, nothing fetched ahead")):
+    for kind, label in labels.items():
         if kind not in found:
             continue
-        phases = [("share", "phase of our start", "seconds")]
+        phases = [("share", "phase", "seconds")]
         whole = median(start.seconds for start in found[kind])
         for phase in found[kind][0].phases:
             seconds = [start.phases.get(phase, 0.0) for start in found[kind]]
             share = f"{median(seconds) / whole:.0%}"
             phases.append((share, phase, table.shown(results.spread(seconds))))
-        tables.append({"title": f"{packed.name}, {title}", "rows": phases})
+        tables.append({"title": f"{packed.name}, phases: {label}", "rows": phases})
     return tables
 
 

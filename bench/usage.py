@@ -69,12 +69,16 @@ def _cpu_seconds() -> float:
     """Of this process, of the children that ended, and of those that still run."""
     times = os.times()
     total = times.user + times.system + times.children_user + times.children_system
-    for child in descendants(os.getpid()):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            # utime, stime and those of its own ended children: proc(5), fields 14 to 17.
-            total += sum(int(field) for field in fields[11:15]) / _TICK
-    return total
+    return total + sum(cpu_seconds_of(child) for child in descendants(os.getpid()))
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """Of a process, and of its children that have ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # utime, stime and those of its own ended children: proc(5), fields 14 to 17.
+        return sum(int(field) for field in fields[11:15]) / _TICK
+    return 0.0
 
 
 def _status_bytes(process: Path, field: str) -> int:

@@ -1,0 +1,187 @@
+"""What a load cannot do without, step by step: why it is not faster than it is.
+
+    python -m bench.limits
+
+From a local file: opening, copying and fresh memory, one by one, in one thread, on memory that is
+in the cache. Over a link like S3's: what the servers take of the processors that they share with us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import places, results, table
+from bench.contestants import Job
+from bench.model import Model, ensure_model, parse_size
+from bench.one_run import run_alone
+from bench.places import Place
+from bench.running import MismatchError, Sample, measure
+from bench.usage import cpu_seconds_of, descendants
+from tensorserve.format.crypto import open_chunk, seal_chunk
+from tensorserve.linux import populate
+
+_CHUNK = 2 * 1024**2
+# Long enough for the clock, short enough that it can be done a few times.
+_STEP_BYTES = 1024**3
+_Row = tuple[str, ...]
+
+
+def main() -> int:
+    """Measure, print the tables, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="1.5GB", type=parse_size)
+    parser.add_argument("--repetitions", default=3, type=int)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    return run_alone(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Both tables."""
+    model = ensure_model(options.size)
+    started = results.machine()
+    tables = [_local(model, options.repetitions), _link(model, options.repetitions)]
+    content = {
+        "machine": started,
+        "arguments": results.arguments(options),
+        "model": {"bytes": model.bytes, "digest": model.digest},
+        "tables": tables,
+    }
+    table.show(results.write("limits", content, options.output))
+    return 0
+
+
+# A local file -------------------------------------------------------------------------------------
+
+
+def _local(model: Model, repetitions: int) -> dict[str, Any]:
+    steps: dict[str, Callable[[], None]] = {
+        "opening chunks of 2 MiB (decrypt, authenticate)": _opening(),
+        "copying out of the page cache": _copying(model.files["encrypted"]),
+        "fresh pages": _fresh_pages,
+    }
+    rows: list[_Row] = [("CPU s/GB", "step, in one thread")]
+    total = 0.0
+    for name, step in steps.items():
+        costs = [_cost(step) for _ in range(repetitions)]
+        total += median(costs)
+        rows.append((table.shown(results.spread(costs)), name))
+        print(f"  {median(costs):.2f} s/GB  {name}", flush=True)
+    rows.append((f"{total:.2f}", "all of it"))
+    with places.open_place("file-warm", model, rate=places.RATE, delay=places.DELAY) as place:
+        for contestant, label in (("ours", "this loader"), ("tensorizer_reader", "tensorizer")):
+            samples = [_load(place, model, contestant, "encrypted", {}) for _ in range(repetitions)]
+            costs = [s["cpu_seconds"] / (model.bytes / 1e9) for s in samples]
+            rows.append((table.shown(results.spread(costs)), f"{label}, a whole load"))
+    return {"title": "a local file in the page cache, encrypted", "rows": rows}
+
+
+def _cost(step: Callable[[], None]) -> float:
+    """CPU seconds a GB of `step`, which works on _STEP_BYTES."""
+    before = time.process_time()
+    step()
+    return (time.process_time() - before) / (_STEP_BYTES / 1e9)
+
+
+def _opening() -> Callable[[], None]:
+    key, nonce = bytes(32), bytes(24)
+    plain, sealed, out = (memoryview(bytearray(_CHUNK)) for _ in range(3))
+    tag = seal_chunk(key, nonce, plain, sealed)
+
+    def step() -> None:
+        for _ in range(_STEP_BYTES // _CHUNK):
+            open_chunk(key, nonce, tag, sealed, out)
+
+    return step
+
+
+def _copying(path: Path) -> Callable[[], None]:
+    buffer = bytearray(_CHUNK)
+
+    def step() -> None:
+        with path.open("rb", buffering=0) as file:
+            for _ in range(_STEP_BYTES // _CHUNK):
+                if file.readinto(buffer) < _CHUNK:
+                    file.seek(0)
+
+    step()  # now it is in the page cache
+    return step
+
+
+def _fresh_pages() -> None:
+    for _ in range(_STEP_BYTES // _CHUNK // 16):
+        with mmap.mmap(-1, 16 * _CHUNK) as memory, memoryview(memory) as view:
+            for start in range(0, len(view), _CHUNK):
+                with view[start : start + _CHUNK] as part:
+                    populate(part)
+
+
+# A link like S3's ---------------------------------------------------------------------------------
+
+
+def _link(model: Model, repetitions: int) -> dict[str, Any]:
+    lines: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+        "our client alone, 64 connections": (
+            "ours",
+            "encrypted",
+            {"bytes_only": True, "connections": 64},
+        ),
+        "this loader, plain": ("ours", "plain", {}),
+        "this loader, encrypted": ("ours", "encrypted", {}),
+        "Run:ai streamer, plain": ("runai", "safetensors", {}),
+    }
+    found: dict[str, list[Sample]] = {name: [] for name in lines}
+    with places.open_place("s3-like", model, rate=places.RATE, delay=places.DELAY) as place:
+        for _ in range(repetitions):
+            for name, (contestant, kind, options) in lines.items():
+                before = _servers_cpu()
+                sample = _load(place, model, contestant, kind, options)
+                sample["servers"] = _servers_cpu() - before
+                found[name].append(sample)
+                print(f"  {sample['seconds']:7.2f} s  {name}", flush=True)
+    cores = len(os.sched_getaffinity(0))
+    rows: list[_Row] = [("GB/s", "", "its CPU s/GB", "the servers' CPU s/GB", "cores busy")]
+    gb = model.bytes / 1e9
+    for name, samples in found.items():
+        seconds, own, servers = (
+            median(s[key] for s in samples) for key in ("seconds", "cpu_seconds", "servers")
+        )
+        rows.append(
+            (
+                f"{gb / seconds:.3f}",
+                name,
+                f"{own / gb:.2f}",
+                f"{servers / gb:.2f}",
+                f"{(own + servers) / seconds:.2f} of {cores}",
+            )
+        )
+    return {"title": "like S3: who takes the processors", "rows": rows}
+
+
+def _servers_cpu() -> float:
+    return sum(cpu_seconds_of(pid) for pid in descendants(os.getpid()))
+
+
+def _load(
+    place: Place, model: Model, contestant: str, kind: str, options: Mapping[str, Any]
+) -> Sample:
+    place.before(kind)
+    key_file = str(model.key_file) if kind == "encrypted" else None
+    job = Job(contestant, place.uris[kind], kind, key_file, dict(options))
+    sample = measure(job, dict(place.environment))
+    assert sample is not None
+    if not options.get("bytes_only") and sample["digest"] != model.digest:
+        raise MismatchError(f"{contestant} gave other tensors than were written")
+    return sample
+
+
+if __name__ == "__main__":
+    sys.exit(main())
