@@ -3,7 +3,7 @@
     python -m bench.limits
 
 From a local file: opening, copying and fresh memory, one by one, in one thread, on memory that is
-in the cache. Over a link like S3's: what the servers take of the processors that they share with us.
+in the cache. Over a link like S3's: what the servers take of the processors that we share.
 """
 
 from __future__ import annotations

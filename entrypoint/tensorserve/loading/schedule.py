@@ -27,6 +27,11 @@ JOB_BYTES = 8 * 1024**2
 _LEAST_BYTES = 4 * 1024**2
 # A job with one span to come is left alone for so long: a second request costs more than it saves.
 _PATIENCE = 0.5
+# A span is late if it takes so many times what spans usually take: else, on a slow link, the last
+# ones would all be asked for twice.
+_LATE_TIMES = 3.0
+# How much the latest span says of what is usual.
+_WEIGHT = 0.1
 # Tensors up to that size are received together with their neighbours.
 SMALL_BYTES = 256 * 1024
 # What nobody wants is read all the same where it is no more than that.
@@ -75,7 +80,7 @@ class Job(Generic[Target]):
     spans: list[Span[Target]]
     next: int
     stop: int
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     """When the span that is on its way was begun; monotonic seconds."""
     doubled: bool = False
     """Whether another connection reads the span on its way as well."""
@@ -116,6 +121,8 @@ class Schedule(Generic[Target]):
         self._claiming = threading.Lock()
         self._lock = threading.Lock()
         self._running: list[Job[Target]] = []
+        self._usual = 0.0
+        """Seconds from a span's begin to its end, the latest weighing most."""
         self._target: Target | None = None
         """Of the first tensor in _todo, where it is begun."""
         self._position = self._todo[0].header_offset if self._todo else END
@@ -152,11 +159,12 @@ class Schedule(Generic[Target]):
             return job
 
     def late(self, older_than: float) -> tuple[Span[Target], int] | None:
-        """(a span that has been on its way for that many seconds, the thread that waits for it);
-        each once.
+        """(a span that has been on its way for that many seconds and much longer than is usual, the
+        thread that waits for it); each once.
         """
         now = time.monotonic()
         with self._lock:
+            older_than = max(older_than, _LATE_TIMES * self._usual)
             for job in self._running:
                 if job.next < job.stop and not job.doubled and now - job.began > older_than:
                     job.doubled = True
@@ -166,8 +174,10 @@ class Schedule(Generic[Target]):
     def passed(self, job: Job[Target]) -> bool:
         """The span at `job.next` has arrived; False where the rest of the job is another's."""
         with self._lock:
+            now = time.monotonic()
+            self._usual += _WEIGHT * (now - job.began - self._usual)
             job.next += 1
-            job.began = time.monotonic()
+            job.began = now
             job.doubled = False
             return job.next < job.stop
 
