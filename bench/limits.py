@@ -13,17 +13,16 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench import places, results, table
-from bench.contestants import Job
 from bench.model import Model, ensure_model, parse_size
 from bench.one_run import run_alone
 from bench.places import Place
-from bench.running import MismatchError, Sample, measure
+from bench.running import Contestant, Sample, load
 from bench.usage import cpu_seconds_of, descendants
 from tensorserve.format.crypto import open_chunk, seal_chunk
 from tensorserve.linux import populate
@@ -77,8 +76,9 @@ def _local(model: Model, repetitions: int) -> dict[str, Any]:
         print(f"  {median(costs):.2f} s/GB  {name}", flush=True)
     rows.append((f"{total:.2f}", "all of it"))
     with places.open_place("file-warm", model, rate=places.RATE, delay=places.DELAY) as place:
-        for contestant, label in (("ours", "this loader"), ("tensorizer_reader", "tensorizer")):
-            samples = [_load(place, model, contestant, "encrypted", {}) for _ in range(repetitions)]
+        for module, label in (("ours", "this loader"), ("tensorizer_reader", "tensorizer")):
+            contestant = Contestant(module, label, module, "encrypted")
+            samples = [_load(place, model, contestant) for _ in range(repetitions)]
             costs = [s["cpu_seconds"] / (model.bytes / 1e9) for s in samples]
             rows.append((table.shown(results.spread(costs)), f"{label}, a whole load"))
     return {"title": "a local file in the page cache, encrypted", "rows": rows}
@@ -128,25 +128,28 @@ def _fresh_pages() -> None:
 
 
 def _link(model: Model, repetitions: int) -> dict[str, Any]:
-    lines: dict[str, tuple[str, str, Mapping[str, Any]]] = {
-        "our client alone, 64 connections": (
+    lines = (
+        Contestant(
+            "link",
+            "our client alone, 64 connections",
             "ours",
             "encrypted",
-            {"bytes_only": True, "connections": 64},
+            options={"bytes_only": True, "connections": 64},
+            moves_only=True,
         ),
-        "this loader, plain": ("ours", "plain", {}),
-        "this loader, encrypted": ("ours", "encrypted", {}),
-        "Run:ai streamer, plain": ("runai", "safetensors", {}),
-    }
-    found: dict[str, list[Sample]] = {name: [] for name in lines}
+        Contestant("ours-plain", "this loader, plain", "ours", "plain"),
+        Contestant("ours-encrypted", "this loader, encrypted", "ours", "encrypted"),
+        Contestant("runai", "Run:ai streamer, plain", "runai", "safetensors"),
+    )
+    found: dict[str, list[Sample]] = {line.label: [] for line in lines}
     with places.open_place("s3-like", model, rate=places.RATE, delay=places.DELAY) as place:
         for _ in range(repetitions):
-            for name, (contestant, kind, options) in lines.items():
+            for line in lines:
                 before = _servers_cpu()
-                sample = _load(place, model, contestant, kind, options)
+                sample = _load(place, model, line)
                 sample["servers"] = _servers_cpu() - before
-                found[name].append(sample)
-                print(f"  {sample['seconds']:7.2f} s  {name}", flush=True)
+                found[line.label].append(sample)
+                print(f"  {sample['seconds']:7.2f} s  {line.label}", flush=True)
     cores = len(os.sched_getaffinity(0))
     rows: list[_Row] = [("GB/s", "", "its CPU s/GB", "the servers' CPU s/GB", "cores busy")]
     gb = model.bytes / 1e9
@@ -170,16 +173,9 @@ def _servers_cpu() -> float:
     return sum(cpu_seconds_of(pid) for pid in descendants(os.getpid()))
 
 
-def _load(
-    place: Place, model: Model, contestant: str, kind: str, options: Mapping[str, Any]
-) -> Sample:
-    place.before(kind)
-    key_file = str(model.key_file) if kind == "encrypted" else None
-    job = Job(contestant, place.uris[kind], kind, key_file, dict(options))
-    sample = measure(job, dict(place.environment))
-    assert sample is not None
-    if not options.get("bytes_only") and sample["digest"] != model.digest:
-        raise MismatchError(f"{contestant} gave other tensors than were written")
+def _load(place: Place, model: Model, contestant: Contestant) -> Sample:
+    sample, _ = load(place, model, contestant, {})
+    assert sample is not None  # no limit was given
     return sample
 
 

@@ -77,7 +77,7 @@ def run_place(
         # Each in another order, so that nobody is always the one after the same neighbour.
         turn = repetition % len(lines)
         for line in [*lines[turn:], *lines[:turn]]:
-            sample, note = _load(place, model, line.contestant, line.option)
+            sample, note = load(place, model, line.contestant, line.option)
             assert sample is not None
             line.samples.append(sample)
             if note and note not in line.notes:
@@ -103,7 +103,7 @@ def _best(
     name, values = contestant.sweep
     best, best_seconds = values[0], _LONGEST_SECONDS
     for value in values:
-        sample, _ = _load(place, model, contestant, {name: value}, limit=_HOPELESS * best_seconds)
+        sample, _ = load(place, model, contestant, {name: value}, limit=_HOPELESS * best_seconds)
         if sample is None:
             say(f"  {place.name} trying  {contestant.label}, {value} {name}: too slow")
             continue
@@ -113,7 +113,7 @@ def _best(
     return {name: best}
 
 
-def _load(
+def load(
     place: Place,
     model: Model,
     contestant: Contestant,

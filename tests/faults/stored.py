@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import boto3
 import torch
 from s3server import S3Server
+from safetensors.torch import save_file
 
 from tensorserve.format import FileIndex
 from tensorserve.keys import GivenKey
+from tensorserve.packing import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, RetryPolicy, S3Access
 
@@ -46,6 +49,16 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
     made["embed"] = noise(15 * MIB + 17)
     made["head"] = noise(5 * MIB).view(torch.bfloat16).reshape(-1, 1024)
     return made
+
+
+def plain_bundle(folder: Path) -> Path:
+    """A bundle of the same tensors below `folder`, not encrypted."""
+    source, bundle = folder / "hf", folder / "bundle"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    save_file(tensors(1), source / "model.safetensors", {"format": "pt"})
+    pack(source, str(bundle), access=Access())
+    return bundle
 
 
 @dataclass(frozen=True)

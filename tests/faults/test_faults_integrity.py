@@ -9,15 +9,13 @@ import pytest
 from commands import command
 from loading import Load, load
 from proxy import Asked, FaultProxy
-from safetensors.torch import save_file
-from stored import BUCKET, MIB, OTHER_KEY, POLICY, Stored, tensors
+from stored import BUCKET, MIB, OTHER_KEY, POLICY, Stored, plain_bundle
 
 from rangeserver import RangeServer
 from tensorserve.errors import CorruptError, WrongKeyError
 from tensorserve.format import read_index
 from tensorserve.keys import GivenKey
 from tensorserve.opening import open_tensors
-from tensorserve.packing import pack
 from tensorserve.sources import Access, NotFoundError
 from tensorserve.sources.local import LocalSource
 
@@ -177,15 +175,11 @@ def test_f8_a_plain_file_is_protected_by_its_hashes_where_they_are_asked_for(
     stored: Stored, tmp_path: Path
 ) -> None:
     """F8: there is no tag; with TENSORSERVE_VERIFY=hashes it is not given out, exit code 65."""
-    source = tmp_path / "hf"
-    source.mkdir()
-    (source / "config.json").write_text("{}")
-    save_file(tensors(1), source / "model.safetensors", {"format": "pt"})
-    pack(source, str(tmp_path / "bundle"), access=Access())
-    opened = LocalSource(tmp_path / "bundle" / "model.tensors")
+    bundle = plain_bundle(tmp_path)
+    opened = LocalSource(bundle / "model.tensors")
     embed = next(r for r in read_index(opened).tensors if r.name == "embed")
     opened.close()
-    with RangeServer(tmp_path / "bundle") as server, FaultProxy(server.url) as proxy:
+    with RangeServer(bundle) as server, FaultProxy(server.url) as proxy:
         uri, access = f"{proxy.url}/model.tensors", Access(policy=POLICY)
         proxy.add("flip", at=embed.data_offset + 5 * MIB)
         done = load(uri, access, None, verify_hashes=True)

@@ -12,12 +12,10 @@ import pytest
 from commands import command
 from loading import Load, load
 from proxy import Asked, FaultProxy
-from safetensors.torch import save_file
-from stored import BUCKET, IMPATIENT, MIB, POLICY, Stored, tensors
+from stored import BUCKET, IMPATIENT, MIB, POLICY, Stored, plain_bundle
 
 from rangeserver import RangeServer
 from tensorserve.errors import SourceUnavailableError
-from tensorserve.packing import pack
 from tensorserve.sources import Access, RetryPolicy, list_names
 
 
@@ -274,12 +272,7 @@ def test_f3_one_late_connection_delays_no_plain_load_either(
     stored: Stored, tmp_path: Path, kind: str
 ) -> None:
     """F3: what is received where it belongs is asked for anew, from where it stands."""
-    source = tmp_path / "hf"
-    source.mkdir()
-    (source / "config.json").write_text("{}")
-    save_file(tensors(1), source / "model.safetensors", {"format": "pt"})
-    pack(source, str(tmp_path / "bundle"), access=Access())
-    with RangeServer(tmp_path / "bundle") as server, FaultProxy(server.url) as proxy:
+    with RangeServer(plain_bundle(tmp_path)) as server, FaultProxy(server.url) as proxy:
         proxy.add(kind, after=300_000, rate=40_000, beyond=8 * MIB)
         done = load(f"{proxy.url}/model.tensors", Access(policy=PATIENT), None)
         # One that has not begun to answer has written nowhere: another reads it.

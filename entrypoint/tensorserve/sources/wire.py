@@ -98,16 +98,15 @@ class Body:
             count = raw.fp.readinto1(wanted)
             if count < len(wanted):
                 # What came along with the header is used up: from here on it is the socket alone.
-                self._receive = _receiver(raw, self._seconds)
+                self._receive = _receiver(self._socket, self._seconds)
         raw.length -= count
         if not raw.length or not count:
             raw.close()  # frees the connection for the next request
         return int(count)
 
 
-def _receiver(raw: HTTPResponse, seconds: float) -> Callable[[memoryview], int] | None:
+def _receiver(found: socket.socket | None, seconds: float) -> Callable[[memoryview], int] | None:
     """What reads the socket below a response, as long as it is one of Python's own."""
-    found = _socket_below(raw)
     if type(found) is socket.socket:
         _wait_in_kernel(found, seconds)
         return partial(_receive_plain, found)
