@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from tensorserve.sources.base import MOST_CONNECTIONS
 
-# A step by that factor must bring that much, else it is taken back.
-_WORTH = {2: 1.3, 4: 1.5}
+# A step by two, or by more, must bring that much, else it is taken back.
+_WORTH, _WORTH_WIDE = 1.3, 1.5
 # Seconds until new connections run (longer where the first byte took longer), and that a rate is
 # measured over. Shorter ones take a start for a limit: the rate before a step seems too low, and
 # the step worth it.
@@ -26,16 +26,27 @@ _AGAIN = 3.0
 _FALLEN = 0.6
 # With less of the processors' time to spare, more connections only cost more of it.
 _SPARE = 0.1
-REMOTE_START, REMOTE_MOST = 16, MOST_CONNECTIONS
+# Where a link gives all that the processors can do, more than two connections for each of them only
+# take turns: an encrypted load over HTTP took half as long again with 16 on two.
+_START_EACH = 2
+_LEAST_START, _MOST_START = 4, 16
+# The first step goes so far where the processors are idle: the link is slow, or wants many.
+FIRST_STEP, _IDLE = 64, 0.5
+REMOTE_MOST = MOST_CONNECTIONS
+
+
+def remote_start(processors: int) -> int:
+    """With how many connections a load over a network begins."""
+    return min(_MOST_START, max(_LEAST_START, _START_EACH * processors))
 
 
 class Connections:
     """The number of connections that shall work now: `target`.
 
     `received` gives the bytes received so far. Call `step` again and again; it returns the seconds
-    until it wants to be called next. Hill climbing: fourfold once, then twofold, as long as the
-    rate follows and the processors have time: `spare` gives the part of their time without work
-    since the call before.
+    until it wants to be called next. Hill climbing, as long as the rate follows and the processors
+    have time: `spare` gives the part of their time without work since the call before. A step
+    doubles; the first one is wide where the processors are idle.
     """
 
     def __init__(
@@ -56,7 +67,7 @@ class Connections:
         self._before: tuple[int, float] | None = None  # connections and rate before the last step
         self._mark: tuple[float, int] | None = None
         self._first = True
-        self._factor = 4
+        self._doubled = False
         self._latest: float | None = None  # the rate with as many connections as now
         self._held: tuple[float, float] | None = None  # since when no step helps, and the rate then
 
@@ -96,23 +107,23 @@ class Connections:
             return _POLL
         if self._before is not None:
             before, slower = self._before
-            if rate < _WORTH[self._factor] * slower:
+            if rate < (_WORTH if self._doubled else _WORTH_WIDE) * slower:
                 self.target = before
                 self._before = None
-                # After a step of four there is a number between.
-                if self._factor == 2:
+                # After a wider step there is a number between.
+                if self._doubled:
                     self._held = now, max(rate, slower)
                 return self._settle
         first, self._first = self._first, False
-        # The processors' first moments tell nothing: all connections begin at once.
-        busy = not first and self._spare() < _SPARE
-        if self.target >= self._most or busy:
+        spare = self._spare()
+        if self.target >= self._most or spare < _SPARE:
             self._held = now, rate
             return self._settle
         self._before = (self.target, rate)
         self._latest = None
-        self._factor = 4 if first else 2
-        self.target = min(self._most, self.target * self._factor)
+        twice = 2 * self.target
+        self._doubled = not (first and spare > _IDLE and twice < FIRST_STEP)
+        self.target = min(self._most, twice if self._doubled else FIRST_STEP)
         return self._settle
 
     def _hold(self, now: float, rate: float) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, TensorRecord
-from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
+from tensorserve.loading.connections import FIRST_STEP, REMOTE_MOST, Connections, remote_start
 from tensorserve.loading.memory import HostMemory
 from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.processors import Spare
@@ -36,6 +36,8 @@ _IDLE_SECONDS = 0.02
 _SURPLUS_SECONDS = 0.1
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
+# The part of `ahead_bytes` for memory that waits to be used again.
+_KEPT = 8
 
 Placement = Callable[[TensorRecord], torch.Tensor | None]
 
@@ -101,16 +103,18 @@ class TensorStream:
         records = tuple(records)
         direct = not encrypted and staging is None
         strip = strip_bytes(source.remote, direct)
-        # Half for tensors on their way, an eighth for what waits to be used again, the rest for
-        # the connections.
-        self._ahead_limit = options.ahead_bytes // 2
-        self._memory = HostMemory(options.ahead_bytes // 8, pinned=options.pinned)
+        self._memory = HostMemory(options.ahead_bytes // _KEPT, pinned=options.pinned)
+        # With staging, the parts in which its job begins and ends may wait for another's.
+        self._connection_bytes = strip + (2 * PART_BYTES if staging is not None else 0)
+        most = max(4, options.ahead_bytes * 3 // 8 // self._connection_bytes)
+        self._connections = _connections(source, options, progress, most)
         self._schedule: Schedule[Pending] = Schedule(
             records,
             self._admit,
-            room=self._ahead_limit,
+            room=self._room,
             aligned=source.remote,
-            span_bytes=strip,
+            strip_bytes=strip,
+            placed_bytes=PART_BYTES if direct else strip,
         )
         self._reader = Reader(
             source,
@@ -128,10 +132,6 @@ class TensorStream:
         self._stopped = threading.Event()
         self._left = len(records)
         self._to_open = len(records)
-        # With staging, the parts in which its job begins and ends may wait for another's.
-        each = strip + (2 * PART_BYTES if staging is not None else 0)
-        most = max(4, options.ahead_bytes * 3 // 8 // each)
-        self._connections = _connections(source, options, progress, most)
         self._threads: list[threading.Thread] = []
         self._staffed = 0
 
@@ -264,7 +264,7 @@ class TensorStream:
             while (
                 budget
                 and self._ahead
-                and self._ahead + budget > self._ahead_limit
+                and self._ahead + budget > self._room()
                 and not self._stopped.is_set()
             ):
                 if not wait:
@@ -279,6 +279,13 @@ class TensorStream:
         pending = Pending(record, memory, view, budget)
         self._order.put(pending)
         return pending
+
+    def _room(self) -> int:
+        """Bytes for tensors on their way: what the connections leave, at least half."""
+        limit = self._options.ahead_bytes
+        # That they may become meanwhile.
+        connections = max(FIRST_STEP, 2 * self._connections.target)
+        return max(limit // 2, limit - limit // _KEPT - connections * self._connection_bytes)
 
     def _release(self, budget: int) -> None:
         with self._free:
@@ -303,7 +310,7 @@ def _connections(
     if options.connections is not None:
         return Connections(options.connections, options.connections, progress.received_bytes)
     if source.remote:
-        start, most = min(REMOTE_START, most), min(REMOTE_MOST, most)
+        start, most = min(remote_start(len(options.processors)), most), min(REMOTE_MOST, most)
     else:
         start = len(options.processors)
         most = 4 * start

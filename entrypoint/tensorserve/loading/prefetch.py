@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from tensorserve.loading.connections import REMOTE_MOST, REMOTE_START, Connections
+from tensorserve.loading.connections import REMOTE_MOST, Connections, remote_start
 from tensorserve.loading.processors import Spare
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.shared import ABSENT, BLOCK_BYTES, ON_ITS_WAY, THERE, SharedBlocks
@@ -39,11 +39,12 @@ class Prefetcher:
         self._freed = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        processors = os.sched_getaffinity(0)
         self._connections = Connections(
-            REMOTE_START,
+            remote_start(len(processors)),
             REMOTE_MOST,
             progress.received_bytes,
-            spare=Spare(os.sched_getaffinity(0)),
+            spare=Spare(processors),
         )
         self._running = 0
 

@@ -17,17 +17,17 @@ from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import PART_BYTES, Job, Schedule, Span
 from tensorserve.sources import Source
 
-# What is received at once of what is sealed: behind a network, where a thread waits for each strip
+# What a thread receives at once before it opens it: behind a network, where it waits for each strip
 # beside many others, small enough that all of them stay in a cache.
-_REMOTE_STRIP_BYTES = 1024**2
+_STRIP_BYTES = 1024**2
 # A span that takes this long is late, where another connection has nothing to do.
 _LATE_SECONDS = 0.5
 
 
 def strip_bytes(remote: bool, direct: bool) -> int:
-    """The most that a thread receives before it opens it; divides PART_BYTES."""
+    """The most that a thread receives elsewhere than where it belongs; divides PART_BYTES."""
     # In one piece, a chunk is opened with less work, and out of the same cache.
-    return _REMOTE_STRIP_BYTES if remote and not direct else PART_BYTES
+    return _STRIP_BYTES if remote or direct else PART_BYTES
 
 
 class Reader:
@@ -46,7 +46,7 @@ class Reader:
     ) -> None:
         """`direct`: large tensors are received where they belong, since nothing is to be opened.
 
-        `strip`: bytes of the longest span.
+        `strip`: bytes of the longest span that is received elsewhere.
         """
         self._source = source
         self._opener = opener

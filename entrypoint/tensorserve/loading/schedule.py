@@ -25,6 +25,9 @@ PART_BYTES = 2 * 1024**2
 JOB_BYTES = 8 * 1024**2
 # Not less: what is left of a slow one's job is taken by others (`steal`).
 _LEAST_BYTES = 4 * 1024**2
+# So much more room for jobs on their way than they take, else they get shorter: what has arrived
+# waits for what stands before it.
+_ROOMY = 1.5
 # A job with one span to come is left alone for so long: a second request costs more than it saves.
 _PATIENCE = 0.5
 # A span is late if it takes so many times what spans usually take: else, on a slow link, the last
@@ -97,22 +100,25 @@ class Schedule(Generic[Target]):
     """Gives out jobs. Thread-safe.
 
     `admit(record, wait)` makes of a tensor, in file order, what the pieces name as their target;
-    where there is no room for it, it waits or gives None. `room`: bytes that all jobs together may
-    have on their way; beyond that `admit` would wait. `aligned`: jobs end at multiples of their
-    size in the file, else where a span ends. `span_bytes`: the most that is received at once.
+    where there is no room for it, it waits or gives None. `room()`: bytes that all jobs together
+    may have on their way at the moment; beyond that `admit` would wait. `aligned`: jobs end at
+    multiples of their size in the file, else where a span ends. `strip_bytes`: the most that is
+    received at once, `placed_bytes` of a tensor's own bytes alone.
     """
 
     def __init__(
         self,
         records: Iterable[TensorRecord],
         admit: Callable[[TensorRecord, bool], Target | None],
-        room: int = END,
+        room: Callable[[], int] = lambda: END,
         *,
         aligned: bool = False,
-        span_bytes: int = PART_BYTES,
+        strip_bytes: int = PART_BYTES,
+        placed_bytes: int = PART_BYTES,
     ) -> None:
-        assert PART_BYTES % span_bytes == 0
-        self._span_bytes = span_bytes
+        assert PART_BYTES % placed_bytes == 0
+        self._strip_bytes = strip_bytes
+        self._placed_bytes = placed_bytes
         self._todo = deque(records)
         self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
@@ -132,7 +138,8 @@ class Schedule(Generic[Target]):
         """The next job where `connections` share the work; None when all is given out."""
         with self._claiming:
             # At the end each connection gets its share, so that none is left alone with a long job.
-            share = min(self._bytes_left, self._room) // connections
+            # And all of them have to fit into the memory.
+            share = min(self._bytes_left, self._room() / _ROOMY) / connections
             spans = self._cut(JOB_BYTES if share >= JOB_BYTES else _LEAST_BYTES)
             if not spans:
                 return None
@@ -242,11 +249,11 @@ class Schedule(Generic[Target]):
         while position < min(record.end, limit):
             header = position < record.data_offset
             begin = record.header_offset if header else record.data_offset
-            size = self._span_bytes
+            size = self._placed_bytes
             number = (position - record.data_offset) // size
             # A header, too, may be longer than what is received at once.
             end = (
-                min(record.data_offset, position + size)
+                min(record.data_offset, position + self._strip_bytes)
                 if header
                 else min(record.data_offset + (number + 1) * size, record.end)
             )
@@ -260,7 +267,7 @@ class Schedule(Generic[Target]):
         offset = piece.start + (record.header_offset if piece.header else record.data_offset)
         small = record.length <= SMALL_BYTES
         last = spans[-1] if spans else None
-        most = self._span_bytes
+        most = self._strip_bytes
         if last is not None and small and last.small and last.length + piece.length <= most:
             last.pieces.append(piece)
             last.length += piece.length

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tensorserve.loading.connections import Connections
+from tensorserve.loading.connections import Connections, remote_start
 
 MB = 1e6
 
@@ -109,10 +109,42 @@ def test_without_processor_time_to_spare_it_takes_no_step() -> None:
         16, 256, lambda: int(link.bytes), clock=lambda: link.now, spare=lambda: spare
     )
     link.run(10)
-    assert link.connections.target == 64, "the first step is taken all the same"
+    assert link.connections.target == 16
     spare = 0.6
     link.run(10)
     assert link.connections.target == 256
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        pytest.param(0.9, 64, id="idle: a slow link, or one that wants many"),
+        pytest.param(0.3, 8, id="half used: a step by two"),
+        pytest.param(0.0, 4, id="used up: loopback"),
+    ],
+)
+def test_the_first_step_goes_as_far_as_the_processors_allow(spare: float, expected: int) -> None:
+    """After a quarter of a second, on a link that answers in 20 ms."""
+    link = Link(lambda n: n * 10 * MB)
+    link.connections = Connections(
+        4, 256, lambda: int(link.bytes), clock=lambda: link.now, spare=lambda: spare
+    )
+    link.run(0.02)
+    link.run(0.2)
+    assert link.connections.target == expected
+
+
+def test_where_the_link_is_full_a_wide_step_is_taken_back() -> None:
+    """Idle processors, and yet more connections bring nothing."""
+    link = Link(lambda _: 100 * MB)
+    link.connections = Connections(4, 256, lambda: int(link.bytes), clock=lambda: link.now)
+    link.run(3)
+    assert link.connections.target <= 8
+
+
+@pytest.mark.parametrize(("processors", "expected"), [(1, 4), (2, 4), (4, 8), (8, 16), (96, 16)])
+def test_few_processors_begin_with_few_connections(processors: int, expected: int) -> None:
+    assert remote_start(processors) == expected
 
 
 def test_a_number_that_was_asked_for_is_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tensorserve.errors import CorruptError, SourceUnavailableError
 from tensorserve.format import FileKey, TensorRecord, parse_header, read_header, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.connections import FIRST_STEP
 from tensorserve.loading.schedule import JOB_BYTES, SMALL_BYTES
 from tensorserve.sources.parts import Filling, ReadsParts
 
@@ -293,6 +295,35 @@ def test_a_consumer_that_stops_early_leaves_no_thread(encrypted: bytes) -> None:
     ) as stream:
         next(iter(stream))
     assert not [t for t in threading.enumerate() if t.name.startswith("tensorserve-load")]
+
+
+def test_what_the_connections_do_not_need_is_for_tensors_on_their_way(tmp_path: Path) -> None:
+    """Nothing is consumed, and one thread goes on until only their share and an eighth is left."""
+    limit = 256
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path))
+    tensors = {f"{n:03}": torch.full((MIB,), n, dtype=torch.uint8) for n in range(limit)}
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    source = MemorySource(path.read_bytes())
+    data = {record.data_offset for record in read_index(source).tensors}
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=False,
+        key=None,
+        options=LoadOptions(connections=1, ahead_bytes=limit * MIB),
+        progress=LoadProgress(),
+    ) as stream:
+        (worker,) = (t for t in threading.enumerate() if t.name == "tensorserve-load-0")
+        expected = limit - limit // 8 - FIRST_STEP
+        until = time.monotonic() + 10
+        while sum(at in data for at, _ in source.reads) < expected and time.monotonic() < until:
+            time.sleep(0.01)
+        worker.join(0.2)  # it would go on
+        assert sum(at in data for at, _ in source.reads) == expected
+        for record, tensor in stream:
+            assert torch.equal(tensor, tensors[record.name])
 
 
 def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def test_jobs_get_shorter_towards_the_end() -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("room", "expected"), [(12 * 8 * MIB, 8 * MIB), (12 * 8 * MIB - 1, 4 * MIB)]
+)
+def test_where_memory_is_scarce_jobs_are_shorter(room: int, expected: int) -> None:
+    """Eight connections: what has arrived waits for what stands before it, and takes room, too."""
+    of = records(100 * 8 * MIB, at=8 * MIB)
+    one = Schedule(of, lambda record, _: record, lambda: room, aligned=True)
+    job = one.claim(8)
+    assert job is not None
+    assert sum(span.length for span in job.spans) == expected
+
+
 def test_a_free_connection_takes_the_rest_of_a_slow_ones_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
