@@ -6,6 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from functools import cache
 
 FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
@@ -31,6 +33,15 @@ def start_writing(descriptor: int) -> None:
     Only a head start: where it cannot be done nothing is. fsync is still needed.
     """
     _libc().sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
+def run_on(processors: Collection[int]) -> None:
+    """Let this thread run on `processors`, as far as they can still be had.
+
+    vLLM binds its worker, and with it every thread made there, to some of them.
+    """
+    with suppress(OSError):
+        os.sched_setaffinity(0, processors)
 
 
 def populate(memory: memoryview) -> None:

@@ -1,11 +1,18 @@
-"""The process that fetches weights ahead: made by `serve`, just before it becomes vLLM."""
+"""Who fetches for all ranks of a machine, and ahead of them.
+
+Ahead: a process that `serve` makes just before it becomes vLLM. Where there is none, a thread of
+the first of several ranks.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Collection
 
 from tensorserve import sources
+from tensorserve.linux import run_on
 from tensorserve.loading import LoadProgress
 from tensorserve.loading.prefetch import Prefetcher
 from tensorserve.loading.shared import SharedBlocks
@@ -53,8 +60,34 @@ def start_prefetch(
     return path
 
 
+def fetch_for_ranks(
+    settings: Settings,
+    shard: Shard,
+    ranks: int,
+    *,
+    budget: int,
+    processors: Collection[int],
+    log: EventLog | None,
+) -> str:
+    """Fetch for `ranks` loaders on this machine, in a thread; gives the memory's path for them.
+
+    `budget`: bytes that may be in it. `processors`: on which the thread may run, wherever the
+    caller is bound to.
+    """
+    shared = SharedBlocks.create(shard.size, shard.version, ranks)
+    own = shared.reopen()
+    own.hold()  # before anybody looks whether the fetcher lives
+
+    def run() -> None:
+        run_on(processors)
+        _fetch(settings, shard, own, budget, log)
+
+    threading.Thread(target=run, name="tensorserve-fetch", daemon=True).start()
+    return shared.path
+
+
 def prefetch_budget(settings: Settings) -> int:
-    """Bytes of the host memory limit that may hold what was fetched ahead."""
+    """Bytes of the host memory limit that may hold what was fetched ahead, or for all ranks."""
     return settings.host_memory_limit * 3 // 8
 
 
@@ -62,26 +95,35 @@ def _run(settings: Settings, shard: Shard, shared: SharedBlocks, log: EventLog) 
     """In the new process. Whatever goes wrong: the loader fetches for itself, and says it."""
     try:
         os.nice(_NICENESS)
-        progress = LoadProgress()
+        _fetch(settings, shard, shared.reopen(), prefetch_budget(settings), log)
+    finally:
+        os._exit(0)
+
+
+def _fetch(
+    settings: Settings, shard: Shard, shared: SharedBlocks, budget: int, log: EventLog | None
+) -> None:
+    """Fill the memory, and report it. Lets go of it at the end, whatever happens."""
+    progress = LoadProgress()
+    last = 0.0
+
+    def report() -> None:
+        nonlocal last
+        if log is not None and time.monotonic() - last > _REPORT_SECONDS:
+            last = time.monotonic()
+            counts = progress.snapshot()
+            log.emit(
+                "prefetch_progress",
+                bytes=progress.received_bytes(),
+                requests=counts["requests"],
+                retries=counts["retries"],
+            )
+
+    try:
         source = sources.open_source(shard.uri, access_for(settings), progress)
-        own = shared.reopen()
-        last = 0.0
-
-        def report() -> None:
-            nonlocal last
-            if time.monotonic() - last > _REPORT_SECONDS:
-                last = time.monotonic()
-                counts = progress.snapshot()
-                log.emit(
-                    "prefetch_progress",
-                    bytes=progress.received_bytes(),
-                    requests=counts["requests"],
-                    retries=counts["retries"],
-                )
-
-        if own.fits(source):
-            Prefetcher(source, own, prefetch_budget(settings), progress).run(report)
+        if shared.fits(source):
+            Prefetcher(source, shared, budget, progress).run(report)
             last = 0.0
             report()
     finally:
-        os._exit(0)
+        shared.release()

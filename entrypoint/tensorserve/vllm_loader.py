@@ -18,7 +18,9 @@ from vllm.config.load import LoadConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
 )
+from vllm.distributed.parallel_state import in_the_same_node_as
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -33,7 +35,7 @@ from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
 from tensorserve.loading.staging import Staging
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
-from tensorserve.prefetching import prefetch_budget
+from tensorserve.prefetching import fetch_for_ranks, prefetch_budget
 from tensorserve.settings import Settings
 from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
@@ -67,6 +69,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         )
         self._rank = 0
         self._ranks_here = 1
+        self._shares = False
         self._device = torch.device("cpu")
         self._progress = LoadProgress()
 
@@ -180,8 +183,11 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             source.close()
 
     def _prefetched(self, source: Source) -> Source:
-        """`source`, with what was fetched ahead of it; as it is, where that is gone or another."""
-        path = self._start.prefetched
+        """`source`, with what was fetched ahead of it, or is for all ranks of the machine; as it is
+        where that is gone or another.
+        """
+        path = self._start.prefetched or self._shared_by_ranks(source)
+        self._shares = path is not None
         if path is None:
             return source
         try:
@@ -193,6 +199,31 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             if shared.fits(source)
             else source
         )
+
+    def _shared_by_ranks(self, source: Source) -> str | None:
+        """Where the tensor-parallel ranks, which all read this file, find what one of them fetches.
+
+        None where there is nothing to share. All ranks call it.
+        """
+        group = get_tp_group()
+        if not source.remote or len(self._start.shards) > 1 or group.world_size == 1:
+            return None
+        if not all(in_the_same_node_as(group.cpu_group)):
+            return None
+        path = None
+        if group.rank_in_group == 0:
+            start = self._start
+            groups = max(1, self._ranks_here // group.world_size)
+            path = fetch_for_ranks(
+                start.settings,
+                start.shard(0),
+                group.world_size,
+                budget=prefetch_budget(start.settings) // groups,
+                processors=start.processors,
+                log=self._log,
+            )
+        shared: str = group.broadcast_object(path, src=0)
+        return shared
 
     def _in_vllm_layout(self) -> bool:
         with self._open(to_load=False) as opened:
@@ -241,7 +272,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     def _memory_limit(self) -> int:
         """Bytes of host memory that this rank's load may take beside what is fetched ahead."""
         limit = self._start.settings.host_memory_limit
-        if self._start.prefetched is not None:
+        if self._shares:
             limit -= prefetch_budget(self._start.settings)
         return limit // self._ranks_here
 

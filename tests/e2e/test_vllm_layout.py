@@ -168,12 +168,13 @@ def test_shards_that_pack_made_with_vllm_are_loaded_by_their_ranks(
         assert 0.49 * whole < plan["bytes"] < 0.55 * whole
 
 
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
 def test_ranks_share_one_file_and_fetch_it_once(
-    tmp_path: Path, tiny: Path, wanted: Answers, s3: S3Server
+    tmp_path: Path, tiny: Path, wanted: Answers, s3: S3Server, prefetch: str
 ) -> None:
     """Hugging Face layout on S3: both ranks read all of it, over the network it comes once."""
-    s3.make_bucket("models")
-    uri = "s3://models/tiny"
+    s3.make_bucket(f"prefetch-{prefetch}")
+    uri = f"s3://prefetch-{prefetch}/tiny"
     words = [str(BIN / "tensorserve"), "pack", str(tiny), uri, "--encrypt"]
     key_file = tmp_path / "key"
     subprocess.run(
@@ -183,6 +184,7 @@ def test_ranks_share_one_file_and_fetch_it_once(
         "TENSORSERVE_MODEL_URI": uri,
         "TENSORSERVE_KEY_FILE": str(key_file),
         "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": str(RANKS),
+        "TENSORSERVE_PREFETCH": prefetch,
     }
     with Tensorserve(tmp_path, BINDING | s3.environment | settings) as engine:
         engine.wait_ready()

@@ -59,15 +59,18 @@ def test_llm_takes_vllms_own_configuration_object(tmp_path: Path, model_dir: Pat
     assert by_object == by_options == stock
 
 
-def test_llm_kwargs_of_two_ranks(tmp_path: Path, model_dir: Path) -> None:
-    """From one file in layout hf."""
+def test_llm_kwargs_of_two_ranks(tmp_path: Path, model_dir: Path, s3: S3Server) -> None:
+    """From one file in layout hf, in a bucket: one of them fetches it for both."""
     model = tiny_models.llama(tmp_path / "model", model_dir, torch.bfloat16, tied=True)
-    settings = pack(model, tmp_path)
+    s3.make_bucket("ranks")
+    uri, key_file = "s3://ranks/tiny", tmp_path / "key"
+    words = [str(BIN / "tensorserve"), "pack", str(model), uri]
+    words += ["--encrypt", "--key-file", str(key_file)]
+    subprocess.run(words, env=clean_environment() | s3.environment, check=True)
     # One core for each rank: vLLM would otherwise give both the same ones.
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    given = {"key_file": settings["TENSORSERVE_KEY_FILE"], "tensor_parallel_size": 2}
-    uri = settings["TENSORSERVE_MODEL_URI"]
-    (ours,) = answers([{"uri": uri, "settings": given}], **binding)
+    given = {"key_file": str(key_file), "tensor_parallel_size": 2}
+    (ours,) = answers([{"uri": uri, "settings": given}], **binding, **s3.environment)
     (stock,) = answers([{"llm": {"model": str(model), "tensor_parallel_size": 2}}], **binding)
     assert ours == stock
 

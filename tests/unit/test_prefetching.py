@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from rangeserver import RangeServer
+from tensorserve.loading import LoadProgress
+from tensorserve.loading.prefetch import PrefetchedSource
+from tensorserve.loading.shared import BLOCK_BYTES, SharedBlocks
+from tensorserve.opening import access_for
 from tensorserve.plan import make_plan
-from tensorserve.prefetching import start_prefetch
+from tensorserve.prefetching import fetch_for_ranks, start_prefetch
 from tensorserve.settings import Settings
+from tensorserve.sources import Source, open_source
 from tensorserve.start import Shard
 from tensorserve.telemetry import EventLog
 
@@ -40,3 +48,43 @@ def test_nothing_is_fetched_ahead(
     settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "s3://bucket/model", **environ})
     plan = make_plan(settings, arguments)
     assert start_prefetch(settings, plan, shards, EventLog(tmp_path / "log")) is None
+
+
+def test_ranks_that_were_not_fetched_ahead_for_share_one_fetch(tmp_path: Path) -> None:
+    """Two ranks read all of a file at their own pace; over the network each byte comes once."""
+    data = os.urandom(5 * BLOCK_BYTES + 1234)
+    (tmp_path / "model.tensors").write_bytes(data)
+    with RangeServer(tmp_path) as server:
+        uri = f"{server.url}/model.tensors"
+        settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": uri})
+        sources = [open_source(uri, access_for(settings), LoadProgress()) for _ in range(2)]
+        path = fetch_for_ranks(
+            settings,
+            Shard(uri, sources[0].version, len(data)),
+            2,
+            budget=2 * BLOCK_BYTES,
+            processors=os.sched_getaffinity(0),
+            log=None,
+        )
+        with ThreadPoolExecutor(2) as ranks:
+            read = [ranks.submit(_read, source, path, n) for n, source in enumerate(sources)]
+        assert all(future.result() == data for future in read)
+        ranges = [headers["Range"] for _, headers in server.requests if "Range" in headers]
+    asked = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in ranges]
+    # Whoever opens it looks at its beginning first.
+    weights = [(start, end) for start, end in asked if (start, end) != asked[0]]
+    assert sum(end + 1 - start for start, end in weights) == len(data)
+
+
+def _read(source: Source, path: str, rank: int) -> bytes:
+    shared = SharedBlocks(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    assert shared.fits(source)
+    prefetched = PrefetchedSource(source, shared, rank, LoadProgress())
+    found = bytearray(source.size)
+    for offset in range(0, source.size, BLOCK_BYTES // 2):
+        part = memoryview(found)[offset : offset + BLOCK_BYTES // 2]
+        prefetched.read_into(offset, part)
+        prefetched.passed(offset + len(part))
+        time.sleep(0.01 * rank)
+    prefetched.close()
+    return bytes(found)

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -21,6 +20,7 @@ import torch
 
 from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, TensorRecord
+from tensorserve.linux import run_on
 from tensorserve.loading.connections import FIRST_STEP, REMOTE_MOST, Connections, remote_start
 from tensorserve.loading.memory import HostMemory
 from tensorserve.loading.opener import Opener, Pending
@@ -202,7 +202,7 @@ class TensorStream:
     def _run(self, work: Callable[[], None], name: str) -> None:
         def guarded() -> None:
             try:
-                _run_on(self._options.processors)
+                run_on(self._options.processors)
                 work()
             # The error belongs to the consumer, which raises it: also KeyboardInterrupt and such.
             except BaseException as error:  # noqa: BLE001
@@ -296,12 +296,6 @@ class TensorStream:
         with self._free:
             self._to_open -= 1
         tensor.done.set()
-
-
-def _run_on(processors: frozenset[int]) -> None:
-    """vLLM binds its worker, and with it every thread made there, to some of the processors."""
-    with suppress(OSError):  # they may have been taken away meanwhile
-        os.sched_setaffinity(0, processors)
 
 
 def _connections(
