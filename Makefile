@@ -62,7 +62,7 @@ test-faults: venv ## every fault of the source, the network and the machine, on 
 	@$(BIN)/python -m pytest tests/faults --timeout 120
 
 .PHONY: bench
-bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (25 minutes, idle machine)
+bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (40 minutes, idle machine)
 	@$(BIN)/python -m bench
 
 .PHONY: image

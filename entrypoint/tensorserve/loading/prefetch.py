@@ -21,8 +21,12 @@ from tensorserve.sources import Source
 from tensorserve.sources.parts import Filling, ReadsParts
 
 _POLL_SECONDS = 0.002
-# For one block that the fetcher does not bring.
+# For one block that the fetcher does not begin.
 _WAIT_SECONDS = 30.0
+# One that is on its way is late after so many seconds, and so many times what is usual.
+_LATE_SECONDS, _LATE_TIMES = 0.5, 3.0
+# How much the latest block says of what is usual.
+_WEIGHT = 0.1
 
 
 class Prefetcher:
@@ -87,15 +91,24 @@ class Prefetcher:
                         return
                     self._ended.wait(_POLL_SECONDS)
                     continue
+                began = time.monotonic()
                 try:
                     self._source.read_into(block * BLOCK_BYTES, self._shared.block(block))
                 except BaseException:
                     self._shared.set_state(block, ABSENT)
                     raise
                 self._shared.set_state(block, THERE)
+                self._took(time.monotonic() - began)
         # The loader will ask for the same bytes and meet the same error, where somebody reads it.
         except Exception:  # noqa: BLE001
             self._ended.set()
+
+    def _took(self, seconds: float) -> None:
+        with self._lock:
+            usual = self._shared.usual_seconds
+            self._shared.set_usual_seconds(
+                usual + _WEIGHT * (seconds - usual) if usual else seconds
+            )
 
     def _claim(self) -> int | None:
         with self._lock:
@@ -138,6 +151,7 @@ class PrefetchedSource(ReadsParts):
         self.remote = source.remote
         self._freed = 0
         self._given_up = False
+        self._late: set[int] = set()
         if shared.ranks == 1:
             shared.stop()
 
@@ -199,23 +213,34 @@ class PrefetchedSource(ReadsParts):
         self._freed = max(self._freed, stop)
 
     def _comes(self, block: int) -> bool:
-        """Whether `block` is in memory; waits for it where the fetcher is about to bring it."""
+        """Whether `block` is in memory; waits for it where the fetcher is about to bring it.
+
+        What is late is read past it: one slow connection of the fetcher's delays nothing.
+        """
         if (block + 1) * BLOCK_BYTES <= self._shared.position(self._rank):
             return False  # asked for a second time: it may be gone at any moment
-        until = time.monotonic() + _WAIT_SECONDS
+        began = time.monotonic()
         while True:
             state = self._shared.state(block)
             if state == THERE:
                 return True
             if state == ABSENT and self._shared.stopped:
                 return False
-            if self._given_up or time.monotonic() > until:
+            waited = time.monotonic() - began
+            if state == ON_ITS_WAY and (block in self._late or waited > self._patience()):
+                self._late.add(block)
+                return False
+            if self._given_up or waited > _WAIT_SECONDS:
                 # A rank that hangs holds up the fetcher; this one goes on without it.
                 self._given_up = True
                 return False
             if not self._shared.held:
                 return self._shared.state(block) == THERE
             time.sleep(_POLL_SECONDS)
+
+    def _patience(self) -> float:
+        usual = self._shared.usual_seconds
+        return max(_LATE_SECONDS, _LATE_TIMES * usual) if usual else _WAIT_SECONDS
 
     def _any_comes(self, block: int, stop: int) -> bool:
         last = min(-(-stop // BLOCK_BYTES), self._shared.blocks)

@@ -21,6 +21,7 @@ ABSENT, ON_ITS_WAY, THERE = range(3)
 _FIXED = struct.Struct("<8sQ32sI")
 _MAGIC = b"tsfetch1"
 _STOP = 64  # one byte: fetch nothing new
+_USUAL = 72  # f64: seconds that a block takes; 0: none is there yet
 _POSITIONS = 128  # u64 for each rank: it needs nothing before that offset
 _STATES = _POSITIONS + 8 * MAX_RANKS
 
@@ -76,6 +77,14 @@ class SharedBlocks:
     def all_passed(self) -> bool:
         """Whether no rank needs anything any more."""
         return all(self.position(rank) >= self.size for rank in range(self.ranks))
+
+    @property
+    def usual_seconds(self) -> float:
+        """What a block takes from its request to its last byte; 0 where none has come yet."""
+        return float(struct.unpack_from("<d", self._head, _USUAL)[0])
+
+    def set_usual_seconds(self, seconds: float) -> None:
+        struct.pack_into("<d", self._head, _USUAL, seconds)
 
     def stop(self) -> None:
         """Let the fetcher begin nothing new."""

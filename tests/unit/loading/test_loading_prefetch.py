@@ -16,7 +16,7 @@ from tensorserve.format import read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetch
 from tensorserve.loading.prefetch import PrefetchedSource, Prefetcher
-from tensorserve.loading.shared import BLOCK_BYTES, SharedBlocks
+from tensorserve.loading.shared import BLOCK_BYTES, ON_ITS_WAY, SharedBlocks
 from tensorserve.sources.parts import Filling, ReadsParts
 
 MIB = 1024**2
@@ -240,6 +240,32 @@ def test_a_rank_that_hangs_does_not_hold_up_the_other(
     shared = SharedBlocks.create(source.size, source.version, ranks=2)
     with fetching(source, shared, budget=2 * BLOCK_BYTES):
         assert same(load(PrefetchedSource(source, shared, 0, LoadProgress())), tensors)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_slow_connection_of_the_fetcher_delays_nothing(
+    encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """What it holds is read past it, and only that."""
+    monkeypatch.setattr(prefetch, "_LATE_SECONDS", 0.1)
+    hung, go_on = threading.Event(), threading.Event()
+
+    class OneHangs(CountedSource):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            if offset == 2 * BLOCK_BYTES:
+                hung.set()
+                assert go_on.wait(30)
+            super().read_into(offset, buffer)
+
+    own = CountedSource(encrypted)
+    shared = SharedBlocks.create(own.size, own.version, ranks=ranks)
+    with fetching(OneHangs(encrypted), shared, budget=64 * MIB):
+        wait_for(lambda: all(is_there(shared, n) for n in range(shared.blocks) if n != 2))
+        assert hung.is_set()
+        assert same(load(PrefetchedSource(own, shared, 0, LoadProgress())), tensors)
+        assert shared.state(2) == ON_ITS_WAY
+        go_on.set()
+    assert set(own.read_megabytes) == set(range(2 * BLOCK_BYTES // MIB, 3 * BLOCK_BYTES // MIB))
 
 
 def test_memory_of_another_version_is_not_used(encrypted: bytes) -> None:
