@@ -81,7 +81,7 @@ def test_a_terminal_sees_a_progress_bar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """In the middle of a tensor: as if it had not been started."""
-    model = model_of(tmp_path / "hf", 1024)
+    model = model_of(tmp_path / "hf", 2048)
     bundles = tmp_path / "bundles"
     bundles.mkdir()
     with subprocess.Popen(
@@ -93,7 +93,8 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: i
             assert time.monotonic() < deadline
             pause.wait(0.001)
         packing.send_signal(number)
-        assert packing.wait(SECONDS) == code
+        assert packing.stderr is not None
+        assert packing.wait(SECONDS) == code, packing.stderr.read()
     assert list(bundles.iterdir()) == []
 
 
