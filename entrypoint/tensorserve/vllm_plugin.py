@@ -7,9 +7,19 @@ and `tensorserve-pack` the one of `pack --layout vllm`.
 
 from __future__ import annotations
 
+from tensorserve.importing import when_imported
+
 
 def register() -> None:
-    """Entry point of the group `vllm.general_plugins`; may be called more than once."""
+    """Entry point of the group `vllm.general_plugins`; may be called more than once.
+
+    vLLM's loaders are imported by its workers alone. In its other processes the import would cost
+    up to half a second of each start.
+    """
+    when_imported("vllm.model_executor.model_loader", _register_loaders)
+
+
+def _register_loaders() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
     from tensorserve.engine_parameters import LOAD_FORMAT
