@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -22,29 +21,28 @@ def when_imported(name: str, act: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, as the others would; `act` is called after its code has run."""
+    """Finds one module as the others would; `act` is called after its code has run, once."""
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self._name = name
         self._act = act
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,  # noqa: ARG002 (importlib's signature)
-        target: ModuleType | None = None,  # noqa: ARG002
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """As importlib asks."""
+        """As importlib asks; also where somebody only looks, and imports it later or never."""
         if fullname != self._name:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def then_act(module: ModuleType) -> None:
                 execute(module)
                 self._act()
+                sys.meta_path.remove(self)
 
             spec.loader.exec_module = then_act  # type: ignore[method-assign]
         return spec

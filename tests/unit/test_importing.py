@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +36,17 @@ def test_it_waits_for_the_import() -> None:
     importlib.import_module("package_for_a_test")
     assert seen == []
     importlib.import_module(NAME)
+    importlib.import_module(NAME)
+    assert seen == [1]
+
+
+@pytest.mark.usefixtures("package")
+def test_who_only_looks_changes_nothing() -> None:
+    """transformers asks whether there is a module before it imports it, or does not."""
+    seen: list[int] = []
+    when_imported(NAME, lambda: seen.append(1))
+    assert importlib.util.find_spec(NAME) is not None
+    assert seen == []
     importlib.import_module(NAME)
     assert seen == [1]
 
