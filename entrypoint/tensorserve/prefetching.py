@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 from tensorserve import sources
 from tensorserve.linux import run_on
@@ -80,7 +81,9 @@ def fetch_for_ranks(
 
     def run() -> None:
         run_on(processors)
-        _fetch(settings, shard, own, budget, log)
+        # Whatever goes wrong: the loaders fetch for themselves, and say it.
+        with suppress(Exception):
+            _fetch(settings, shard, own, budget, log)
 
     threading.Thread(target=run, name="tensorserve-fetch", daemon=True).start()
     return shared.path

@@ -76,6 +76,25 @@ def test_ranks_that_were_not_fetched_ahead_for_share_one_fetch(tmp_path: Path) -
     assert sum(end + 1 - start for start, end in weights) == len(data)
 
 
+def test_where_the_shared_fetch_fails_a_rank_reads_for_itself(tmp_path: Path) -> None:
+    """The object is gone when the fetcher comes; a rank that has it open still reads."""
+    data = os.urandom(2 * BLOCK_BYTES)
+    (tmp_path / "model.tensors").write_bytes(data)
+    with RangeServer(tmp_path) as server:
+        uri = f"{server.url}/model.tensors"
+        settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": uri})
+        source = open_source(uri, access_for(settings), LoadProgress())
+        path = fetch_for_ranks(
+            settings,
+            Shard(f"{server.url}/missing", source.version, len(data)),
+            2,
+            budget=2 * BLOCK_BYTES,
+            processors=os.sched_getaffinity(0),
+            log=None,
+        )
+        assert _read(source, path, 0) == data
+
+
 def _read(source: Source, path: str, rank: int) -> bytes:
     shared = SharedBlocks(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     assert shared.fits(source)
