@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from unit.telemetry.telemetry_starts import wait_for
+from waiting import wait_for
 
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),

@@ -11,7 +11,7 @@ from running import READY_SECONDS, Tensorserve
 from rangeserver import RangeServer
 from tensorserve.cli import main as tensorserve
 from tensorserve.telemetry.words import duration
-from unit.telemetry.telemetry_starts import wait_for
+from waiting import wait_for
 
 pytestmark = needs_browser
 

@@ -12,13 +12,14 @@ from loading import digest
 from proxy import FaultProxy
 from s3server import S3Server
 from safetensors.torch import save_file
-from stored import BUCKET, KEY, Stored, client, tensors, wait_until
+from stored import BUCKET, KEY, Stored, client, tensors
 
 from tensorserve.format import read_index
 from tensorserve.packing import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
+from waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,7 @@ def no_other_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def _no_thread_is_left() -> Iterator[None]:
     """However a load ended, its threads end too."""
     yield
-    wait_until(
-        lambda: not [t for t in threading.enumerate() if t.name.startswith("tensorserve")], 5
-    )
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("tensorserve")], 5)
 
 
 def _store(s3: S3Server, directory: Path, name: str, seed: int) -> Stored:

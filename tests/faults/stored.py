@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +116,3 @@ def client(s3: S3Server, key: str = "", secret: str = "") -> Any:
         aws_secret_access_key=secret or s3.secret_key,
         region_name="us-east-1",
     )
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait for `condition`, with a deadline."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        pause.wait(0.02)

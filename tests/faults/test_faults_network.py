@@ -13,12 +13,13 @@ from commands import command
 from loading import Load, load
 from proxy import FaultProxy, WireProxy
 from s3server import free_ports
-from stored import BUCKET, MIB, POLICY, Stored, client, wait_until
+from stored import BUCKET, MIB, POLICY, Stored, client
 
 from certificates import PrivateCA
 from rangeserver import RangeServer
 from tensorserve.errors import ConfigurationError, CorruptError, SourceUnavailableError
 from tensorserve.sources import Access
+from waiting import wait_for
 
 
 def unavailable(stored: Stored, access: Access, seconds: float) -> tuple[str, dict[str, int]]:
@@ -81,7 +82,7 @@ def test_f16_a_server_that_listens_later(stored: Stored) -> None:
     done = Load()
     loading = threading.Thread(target=load, args=(stored.uri, access, stored.key, done))
     loading.start()
-    wait_until(lambda: done.retries.get("connect", 0) >= 2)
+    wait_for(lambda: done.retries.get("connect", 0) >= 2)
     with FaultProxy(stored.s3.endpoint_url, port=port):
         loading.join(30)
     assert done.digests == stored.digests

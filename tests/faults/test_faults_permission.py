@@ -17,11 +17,12 @@ from commands import command
 from loading import Load, load
 from proxy import Asked, FaultProxy
 from s3server import S3Server
-from stored import BUCKET, MIB, POLICY, Stored, client, wait_until
+from stored import BUCKET, MIB, POLICY, Stored, client
 
 from tensorserve.errors import PermissionDeniedError
 from tensorserve.sources import Access, S3Access
 from tensorserve.sources import s3 as s3_module
+from waiting import wait_for
 
 EXPIRED = {"code": 400, "body": b"<Error><Code>ExpiredToken</Code><Message>x</Message></Error>"}
 DENIED = {"code": 403, "body": b"<Error><Code>AccessDenied</Code><Message>x</Message></Error>"}
@@ -87,7 +88,7 @@ class Tenant:
                 return error.response["Error"]["Code"] == "AccessDenied" and not actions
             return bool(actions)
 
-        wait_until(known)
+        wait_for(known)
 
     def access(self, proxy: FaultProxy) -> Access:
         """Without keys: botocore's chain finds them. `region` keeps accounts of tests apart."""

@@ -31,7 +31,7 @@ _SPARE = 0.1
 _START_EACH = 2
 _LEAST_START, _MOST_START = 4, 16
 # The first step goes so far where the processors are idle: the link is slow, or wants many.
-FIRST_STEP, _IDLE = 64, 0.5
+_FIRST_STEP, _IDLE = 64, 0.5
 REMOTE_MOST = MOST_CONNECTIONS
 
 
@@ -70,6 +70,11 @@ class Connections:
         self._doubled = False
         self._latest: float | None = None  # the rate with as many connections as now
         self._held: tuple[float, float] | None = None  # since when no step helps, and the rate then
+
+    @property
+    def after_next_step(self) -> int:
+        """No more than that will be asked for by the next step."""
+        return max(_FIRST_STEP, 2 * self.target)
 
     def step(self) -> float:
         """Measure and decide."""
@@ -122,8 +127,8 @@ class Connections:
         self._before = (self.target, rate)
         self._latest = None
         twice = 2 * self.target
-        self._doubled = not (first and spare > _IDLE and twice < FIRST_STEP)
-        self.target = min(self._most, twice if self._doubled else FIRST_STEP)
+        self._doubled = not (first and spare > _IDLE and twice < _FIRST_STEP)
+        self.target = min(self._most, twice if self._doubled else _FIRST_STEP)
         return self._settle
 
     def _hold(self, now: float, rate: float) -> float:

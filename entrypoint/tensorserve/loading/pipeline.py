@@ -21,7 +21,7 @@ import torch
 from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, TensorRecord
 from tensorserve.linux import run_on
-from tensorserve.loading.connections import FIRST_STEP, REMOTE_MOST, Connections, remote_start
+from tensorserve.loading.connections import REMOTE_MOST, Connections, remote_start
 from tensorserve.loading.memory import HostMemory
 from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.processors import Spare
@@ -283,9 +283,8 @@ class TensorStream:
     def _room(self) -> int:
         """Bytes for tensors on their way: what the connections leave, at least half."""
         limit = self._options.ahead_bytes
-        # That they may become meanwhile.
-        connections = max(FIRST_STEP, 2 * self._connections.target)
-        return max(limit // 2, limit - limit // _KEPT - connections * self._connection_bytes)
+        connections = self._connections.after_next_step * self._connection_bytes
+        return max(limit // 2, limit - limit // _KEPT - connections)
 
     def _release(self, budget: int) -> None:
         with self._free:

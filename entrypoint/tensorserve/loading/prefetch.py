@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tensorserve.loading.connections import REMOTE_MOST, Connections, remote_start
+from tensorserve.loading.lateness import late_after, usual_with
 from tensorserve.loading.processors import Spare
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.shared import ABSENT, BLOCK_BYTES, ON_ITS_WAY, THERE, SharedBlocks
@@ -23,10 +24,6 @@ from tensorserve.sources.parts import Filling, ReadsParts
 _POLL_SECONDS = 0.002
 # For one block that the fetcher does not begin.
 _WAIT_SECONDS = 30.0
-# One that is on its way is late after so many seconds, and so many times what is usual.
-_LATE_SECONDS, _LATE_TIMES = 0.5, 3.0
-# How much the latest block says of what is usual.
-_WEIGHT = 0.1
 
 
 class Prefetcher:
@@ -106,9 +103,7 @@ class Prefetcher:
     def _took(self, seconds: float) -> None:
         with self._lock:
             usual = self._shared.usual_seconds
-            self._shared.set_usual_seconds(
-                usual + _WEIGHT * (seconds - usual) if usual else seconds
-            )
+            self._shared.set_usual_seconds(usual_with(usual or seconds, seconds))
 
     def _claim(self) -> int | None:
         with self._lock:
@@ -240,7 +235,7 @@ class PrefetchedSource(ReadsParts):
 
     def _patience(self) -> float:
         usual = self._shared.usual_seconds
-        return max(_LATE_SECONDS, _LATE_TIMES * usual) if usual else _WAIT_SECONDS
+        return late_after(usual) if usual else _WAIT_SECONDS
 
     def _any_comes(self, block: int, stop: int) -> bool:
         last = min(-(-stop // BLOCK_BYTES), self._shared.blocks)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from tensorserve.linux import populate
+from tensorserve.loading.lateness import LATE_SECONDS
 from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import PART_BYTES, Job, Schedule, Span
@@ -20,8 +21,6 @@ from tensorserve.sources import Source
 # What a thread receives at once before it opens it: behind a network, where it waits for each strip
 # beside many others, small enough that all of them stay in a cache.
 _STRIP_BYTES = 1024**2
-# A span that takes this long is late, where another connection has nothing to do.
-_LATE_SECONDS = 0.5
 
 
 def strip_bytes(remote: bool, direct: bool) -> int:
@@ -89,7 +88,7 @@ class Reader:
 
         False where nothing is late.
         """
-        late = self._schedule.late(_LATE_SECONDS)
+        late = self._schedule.late(LATE_SECONDS)
         if late is None:
             return False
         span, thread = late

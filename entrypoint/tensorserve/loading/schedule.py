@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from tensorserve.format import TensorRecord
+from tensorserve.loading.lateness import late_after, usual_with
 
 # tensorizer's cipher chunks have this size, so that a part can be opened when it is there.
 PART_BYTES = 2 * 1024**2
@@ -30,11 +31,6 @@ _LEAST_BYTES = 4 * 1024**2
 _ROOMY = 1.5
 # A job with one span to come is left alone for so long: a second request costs more than it saves.
 _PATIENCE = 0.5
-# A span is late if it takes so many times what spans usually take: else, on a slow link, the last
-# ones would all be asked for twice.
-_LATE_TIMES = 3.0
-# How much the latest span says of what is usual.
-_WEIGHT = 0.1
 # Tensors up to that size are received together with their neighbours.
 SMALL_BYTES = 256 * 1024
 # What nobody wants is read all the same where it is no more than that.
@@ -171,7 +167,7 @@ class Schedule(Generic[Target]):
         """
         now = time.monotonic()
         with self._lock:
-            older_than = max(older_than, _LATE_TIMES * self._usual)
+            older_than = late_after(self._usual, older_than)
             for job in self._running:
                 if job.next < job.stop and not job.doubled and now - job.began > older_than:
                     job.doubled = True
@@ -182,7 +178,7 @@ class Schedule(Generic[Target]):
         """The span at `job.next` has arrived; False where the rest of the job is another's."""
         with self._lock:
             now = time.monotonic()
-            self._usual += _WEIGHT * (now - job.began - self._usual)
+            self._usual = usual_with(self._usual, now - job.began)
             job.next += 1
             job.began = now
             job.doubled = False

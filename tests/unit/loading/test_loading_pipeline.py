@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from tensorserve.errors import CorruptError, SourceUnavailableError
 from tensorserve.format import FileKey, TensorRecord, parse_header, read_header, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-from tensorserve.loading.connections import FIRST_STEP
 from tensorserve.loading.schedule import JOB_BYTES, SMALL_BYTES
 from tensorserve.sources.parts import Filling, ReadsParts
+from waiting import wait_for
 
 MIB = 1024**2
 
@@ -316,10 +315,8 @@ def test_what_the_connections_do_not_need_is_for_tensors_on_their_way(tmp_path: 
         progress=LoadProgress(),
     ) as stream:
         (worker,) = (t for t in threading.enumerate() if t.name == "tensorserve-load-0")
-        expected = limit - limit // 8 - FIRST_STEP
-        until = time.monotonic() + 10
-        while sum(at in data for at, _ in source.reads) < expected and time.monotonic() < until:
-            time.sleep(0.01)
+        expected = limit - limit // 8 - 64
+        wait_for(lambda: sum(at in data for at, _ in source.reads) >= expected)
         worker.join(0.2)  # it would go on
         assert sum(at in data for at, _ in source.reads) == expected
         for record, tensor in stream:

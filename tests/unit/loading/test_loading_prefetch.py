@@ -18,6 +18,7 @@ from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetc
 from tensorserve.loading.prefetch import PrefetchedSource, Prefetcher
 from tensorserve.loading.shared import BLOCK_BYTES, ON_ITS_WAY, SharedBlocks
 from tensorserve.sources.parts import Filling, ReadsParts
+from waiting import wait_for
 
 MIB = 1024**2
 KEY = bytes(range(32))
@@ -113,15 +114,6 @@ def fetching(source: CountedSource, shared: SharedBlocks, budget: int) -> Iterat
     shared.stop()
     thread.join(10)
     assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    event = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        event.wait(0.01)
-    raise AssertionError("waited in vain")
 
 
 def is_there(shared: SharedBlocks, block: int) -> bool:
@@ -244,10 +236,9 @@ def test_a_rank_that_hangs_does_not_hold_up_the_other(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_slow_connection_of_the_fetcher_delays_nothing(
-    encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, ranks: int
+    encrypted: bytes, tensors: dict[str, torch.Tensor], ranks: int
 ) -> None:
     """What it holds is read past it, and only that."""
-    monkeypatch.setattr(prefetch, "_LATE_SECONDS", 0.1)
     hung, go_on = threading.Event(), threading.Event()
 
     class OneHangs(CountedSource):

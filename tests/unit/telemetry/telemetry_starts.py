@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,14 +60,6 @@ def whole_start() -> list[Event]:
         end(159.9, "warmup"),
         at(160, "ready", start_id="a"),
     ]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Return once `condition` holds; fail when it does not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 class Engine:

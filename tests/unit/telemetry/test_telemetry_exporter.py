@@ -19,11 +19,12 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse
-from telemetry_starts import Client, Engine, exporting, log_load, log_start, wait_for
+from telemetry_starts import Client, Engine, exporting, log_load, log_start
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.telemetry import events_path, read_events
 from tensorserve.telemetry.exporter import Exporter
+from waiting import wait_for
 
 # The design's list, which dashboards and alerts depend on.
 METRICS = {
