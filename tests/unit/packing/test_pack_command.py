@@ -81,11 +81,15 @@ def test_a_terminal_sees_a_progress_bar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """In the middle of a tensor: as if it had not been started."""
-    model = model_of(tmp_path / "hf", 2048)
+    model = model_of(tmp_path / "hf", 1024)
     bundles = tmp_path / "bundles"
     bundles.mkdir()
     with subprocess.Popen(
-        command("pack", model, bundles / "m"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command("pack", model, bundles / "m"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A shell ignores SIGINT in what it starts in the background, the tests themselves included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as packing:
         deadline, pause = time.monotonic() + SECONDS, threading.Event()
         while not list(bundles.glob(".m.packing-*/model.tensors")):
