@@ -1,6 +1,7 @@
 """From start to ready of real vLLM: this loader beside stock vLLM from disk and with dummy weights.
 
     python -m bench.coldstart
+    python -m bench.coldstart --image tensorserve:cpu      # each start in a new container of it
 
 Ready is the first 200 of /health, asked for every 50 ms in the same way. vLLM's CPU build.
 """
@@ -22,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from bench import results, table
+from bench.container import in_container
 from bench.directories import CACHE  # first: finds the demo's and the tests' modules
 from bench.model import ensure_model, parse_size
 from bench.one_run import run_alone
@@ -72,6 +74,9 @@ def main() -> int:
         "--models", nargs="+", choices=("smollm2", "random"), default=["smollm2", "random"]
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--image", help="start everything in new containers of it, not as processes"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if "dummy" not in options.kinds:
@@ -91,34 +96,34 @@ def run(options: argparse.Namespace) -> int:
         server.make_bucket(BUCKET)
         for name in options.models:
             packed = _pack(name, options.size, server)
-            found = _compare(packed, server, Path(temporary), options.repetitions, options.kinds)
+            starts_of = _Starts(packed, server, Path(temporary), options.image)
+            found = _compare(starts_of, options.repetitions, options.kinds)
             starts[packed.name] = {
                 kind: [vars(start) for start in made] for kind, made in found.items()
             }
-            tables += _tables(packed, found)
+            tables += _tables(packed, found, options.image)
     content = {
         "machine": machine,
         "arguments": results.arguments(options),
         "starts": starts,
         "tables": tables,
     }
-    path = results.write("coldstart", content, options.output)
+    name = "coldstart" if options.image is None else "coldstart-image"
+    path = results.write(name, content, options.output)
     table.show(path)
     return 0
 
 
-def _compare(
-    packed: Packed, server: S3Server, directory: Path, repetitions: int, chosen: list[str]
-) -> dict[str, list[Started]]:
-    weights = packed.directory / "model.safetensors"
+def _compare(start: _Starts, repetitions: int, chosen: list[str]) -> dict[str, list[Started]]:
+    weights = start.packed.directory / "model.safetensors"
     every: dict[str, Callable[[], Started]] = {
-        "ours": lambda: _start_ours(packed, server, directory),
-        "no-prefetch": lambda: _start_ours(packed, server, directory, prefetch="off"),
-        "safetensors": lambda: _start_stock(packed, directory),
-        "dummy": lambda: _start_stock(packed, directory, "--load-format", "dummy"),
+        "ours": start.ours,
+        "no-prefetch": lambda: start.ours(prefetch="off"),
+        "safetensors": start.stock,
+        "dummy": lambda: start.stock("--load-format", "dummy"),
     }
     kinds = {kind: every[kind] for kind in KINDS if kind in chosen}
-    print(f"\n{packed.name}", flush=True)
+    print(f"\n{start.packed.name}", flush=True)
     # Not counted: the first start reads vLLM's own files from disk.
     kinds["dummy"]()
     found: dict[str, list[Started]] = {kind: [] for kind in kinds}
@@ -134,65 +139,80 @@ def _compare(
     return found
 
 
-def _start_ours(
-    packed: Packed, server: S3Server, directory: Path, prefetch: str = "auto"
-) -> Started:
-    """`tensorserve up`: encrypted weights from S3."""
-    port, metrics_port = free_ports(2)
-    state = directory / "state"
-    environment = (
-        clean_environment()
-        | CPU_ENVIRONMENT
-        | server.environment
-        | {f"TENSORSERVE_VLLM_{name}": value for name, value in _FLAGS.items()}
-        | {
-            "TENSORSERVE_MODEL_URI": packed.uri,
-            "TENSORSERVE_KEY_FILE": str(packed.key_file),
-            "TENSORSERVE_MODEL_NAME": "model",
-            "TENSORSERVE_HOST": "127.0.0.1",
-            "TENSORSERVE_PORT": str(port),
-            "TENSORSERVE_METRICS_HOST": "127.0.0.1",
-            "TENSORSERVE_METRICS_PORT": str(metrics_port),
-            "TENSORSERVE_STATE_DIR": str(state),
-            "TENSORSERVE_FAILURE_LINGER": "0",
-            "TENSORSERVE_PREFETCH": prefetch,
-        }
-    )
-    if "PYTHONPATH" in os.environ:
-        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    words = [str(BIN / "tensorserve"), "up"]
-    seconds = _time(Running(words, environment, directory / "up.log", port))
-    report = subprocess.run(
-        [str(BIN / "tensorserve"), "report", "--json"],
-        env=environment,
-        capture_output=True,
-        check=True,
-    )
-    phases: dict[str, float] = {}
-    for phase in json.loads(report.stdout)["phases"]:
-        if phase["phase"] != "ready":
-            phases[phase["phase"]] = phases.get(phase["phase"], 0.0) + phase["seconds"]
-    return Started(seconds, phases)
+@dataclass(frozen=True)
+class _Starts:
+    """The kinds of start of one model."""
 
+    packed: Packed
+    server: S3Server
+    directory: Path
+    image: str | None
 
-def _start_stock(packed: Packed, directory: Path, *more: str) -> Started:
-    """Stock `vllm serve` of the directory on local disk, with the same flags."""
-    (port,) = free_ports(1)
-    flags: list[str] = []
-    for name, value in _FLAGS.items():
-        flag = "--" + name.lower().replace("_", "-")
-        flags += [flag] if value == "true" else [flag, value]
-    words = [str(BIN / "vllm"), "serve", str(packed.directory), "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--served-model-name", "model", *flags, *more]
-    environment = clean_environment() | CPU_ENVIRONMENT
-    ends: dict[str, float] = {}
-    seconds = _time(Running(words, environment, directory / "vllm.log", port), ends)
-    phases: dict[str, float] = {}
-    last = 0.0
-    for phase, end in [*ends.items(), ("the rest", seconds)]:
-        phases[phase] = end - last
-        last = end
-    return Started(seconds, phases)
+    def ours(self, prefetch: str = "auto") -> Started:
+        """`tensorserve up`: encrypted weights from S3."""
+        port, metrics_port = free_ports(2)
+        state = self.directory / "state"
+        state.mkdir(exist_ok=True)
+        settings = (
+            CPU_ENVIRONMENT
+            | self.server.environment
+            | {f"TENSORSERVE_VLLM_{name}": value for name, value in _FLAGS.items()}
+            | {
+                "TENSORSERVE_MODEL_URI": self.packed.uri,
+                "TENSORSERVE_KEY_FILE": str(self.packed.key_file),
+                "TENSORSERVE_MODEL_NAME": "model",
+                "TENSORSERVE_HOST": "127.0.0.1",
+                "TENSORSERVE_PORT": str(port),
+                "TENSORSERVE_METRICS_HOST": "127.0.0.1",
+                "TENSORSERVE_METRICS_PORT": str(metrics_port),
+                "TENSORSERVE_STATE_DIR": str(state),
+                "TENSORSERVE_FAILURE_LINGER": "0",
+                "TENSORSERVE_PREFETCH": prefetch,
+            }
+        )
+        if "PYTHONPATH" in os.environ and self.image is None:
+            settings["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        seconds = _time(self._running(["tensorserve", "up"], settings, port, state))
+        report = subprocess.run(
+            [str(BIN / "tensorserve"), "report", "--json"],
+            env=clean_environment() | settings,
+            capture_output=True,
+            check=True,
+        )
+        phases: dict[str, float] = {}
+        for phase in json.loads(report.stdout)["phases"]:
+            if phase["phase"] != "ready":
+                phases[phase["phase"]] = phases.get(phase["phase"], 0.0) + phase["seconds"]
+        return Started(seconds, phases)
+
+    def stock(self, *more: str) -> Started:
+        """Stock `vllm serve` of the directory on local disk, with the same flags."""
+        (port,) = free_ports(1)
+        flags: list[str] = []
+        for name, value in _FLAGS.items():
+            flag = "--" + name.lower().replace("_", "-")
+            flags += [flag] if value == "true" else [flag, value]
+        words = ["vllm", "serve", str(self.packed.directory), "--host", "127.0.0.1"]
+        words += ["--port", str(port), "--served-model-name", "model", *flags, *more]
+        ends: dict[str, float] = {}
+        seconds = _time(self._running(words, CPU_ENVIRONMENT, port), ends)
+        phases: dict[str, float] = {}
+        last = 0.0
+        for phase, end in [*ends.items(), ("the rest", seconds)]:
+            phases[phase] = end - last
+            last = end
+        return Started(seconds, phases)
+
+    def _running(
+        self, words: list[str], settings: dict[str, str], port: int, *writes: Path
+    ) -> Running:
+        log = self.directory / "log"
+        if self.image is None:
+            command = [str(BIN / words[0]), *words[1:]]
+            return Running(command, clean_environment() | settings, log, port)
+        visible = (self.packed.directory, self.packed.key_file, *writes)
+        command, environment = in_container(self.image, words, settings, visible)
+        return Running(command, environment, log, port)
 
 
 def _time(engine: Running, ends: dict[str, float] | None = None) -> float:
@@ -240,7 +260,9 @@ def _pack(name: str, size: int, server: S3Server) -> Packed:
     return packed
 
 
-def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, Any]]:
+def _tables(
+    packed: Packed, found: dict[str, list[Started]], image: str | None
+) -> list[dict[str, Any]]:
     labels = {
         "dummy": "stock vLLM, dummy weights (nothing is read)",
         "safetensors": "stock vLLM, safetensors on local disk, in the page cache",
@@ -257,7 +279,8 @@ def _tables(packed: Packed, found: dict[str, list[Started]]) -> list[dict[str, A
         ratios = [mine / theirs for mine, theirs in zip(seconds, base, strict=True)]
         ratio = "base" if kind == "dummy" else table.shown(results.spread(ratios), "×")
         rows.append((ratio, label, table.shown(results.spread(seconds))))
-    tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready", "rows": rows}]
+    where = "" if image is None else ", each in a new container"
+    tables = [{"title": f"{packed.name}, {size / 1e9:.2f} GB, start to ready{where}", "rows": rows}]
     for kind, label in labels.items():
         if kind not in found:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import NoReturn
 from tensorserve import handoff
 from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
-from tensorserve.errors import ConfigurationError, TensorserveError
+from tensorserve.errors import TensorserveError
+from tensorserve.model_infos import bring_model_infos
 from tensorserve.opening import access_for
 from tensorserve.plan import LaunchPlan, make_plan, wants_adapters, with_adapters
 from tensorserve.prefetching import start_prefetch
@@ -21,6 +21,9 @@ from tensorserve.secret import Secret
 from tensorserve.settings import HANDOFF_VARIABLE
 from tensorserve.start import current_start, publish_start
 from tensorserve.telemetry import EventLog, events_path
+
+# In a folder of its own: Python can import what stands beside a program.
+PROGRAM = Path(__file__).with_name("program") / "vllm"
 
 
 def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
@@ -47,6 +50,7 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
         if wants_adapters(plan):
             held = hold_adapters(plan.bundle_uri, plan.model_dir, settings, weights.manifest)
             plan = with_adapters(plan, [(a.name, a.directory, a.rank) for a in held])
+        bring_model_infos(plan.model_dir, dict(plan.environment))
         log.emit("phase", phase="artifacts", state="end")
         prefetched = start_prefetch(settings, plan, weights.shards, log)
         reference = publish_start(environ, settings, start.arguments, weights.shards, prefetched)
@@ -59,18 +63,14 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
 
 def become_vllm(plan: LaunchPlan, state_dir: Path, reference: str) -> NoReturn:
     """Replace this process with the planned `vllm serve`."""
-    program = Path(sys.executable).with_name("vllm")
-    found = str(program) if program.exists() else shutil.which("vllm")
-    if found is None:
-        raise ConfigurationError("There is no `vllm` program beside this Python or on the PATH.")
-    argv = list(plan.argv)
+    argv = [sys.executable, str(PROGRAM), *plan.argv[1:]]
     if plan.secret_flags:
         # Two words: vLLM reads no file for `--config=FILE`, and says nothing.
         argv += ["--config", str(_secret_config(plan.secret_flags, state_dir))]
     environment = dict(plan.environment) | {HANDOFF_VARIABLE: reference}
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(found, argv, environment)
+    os.execve(sys.executable, argv, environment)
 
 
 def _secret_config(flags: tuple[tuple[str, Secret], ...], state_dir: Path) -> Path:

@@ -7,6 +7,7 @@ and `tensorserve-pack` the one of `pack --layout vllm`.
 
 from __future__ import annotations
 
+from tensorserve.garbage import collect_as_usual
 from tensorserve.importing import when_imported
 
 
@@ -16,6 +17,7 @@ def register() -> None:
     vLLM's loaders are imported by its workers alone. In its other processes the import would cost
     up to half a second of each start.
     """
+    collect_as_usual()  # what is left to import is little
     when_imported("vllm.model_executor.model_loader", _register_loaders)
 
 

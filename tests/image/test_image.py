@@ -174,3 +174,22 @@ def test_tls_is_read_by_our_c() -> None:
         "print(type(tls.receiver(connection, 1, 1).__self__).__name__)"
     )
     assert run("python", "-c", script).stdout.split() == ["_Native"]
+
+
+def test_vllm_takes_what_the_image_knows_of_its_models() -> None:
+    """It does not look at the class again; hundreds of models are known."""
+    script = (
+        "import json, os, pathlib; shared = '/opt/tensorserve/share/vllm';"
+        "os.environ['VLLM_CACHE_ROOT'] = shared;"
+        "from vllm.model_executor.models import registry;"
+        "registry._run_in_subprocess = None;"
+        "info = registry.ModelRegistry.models['LlamaForCausalLM'].inspect_model_cls();"
+        "known = json.loads((pathlib.Path(shared) / 'architectures.json').read_text());"
+        "print(info.is_text_generation_model, len(known) > 200)"
+    )
+    assert run("python", "-c", script).stdout.split() == ["True", "True"]
+
+
+def test_the_build_left_nothing_in_the_cache() -> None:
+    """What root had made there, another user could not write to."""
+    assert run("find", "/var/lib/tensorserve/cache", "-mindepth", "1").stdout == ""

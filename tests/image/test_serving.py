@@ -86,6 +86,15 @@ def test_no_process_may_dump_core(served: Container) -> None:
     assert set(limits) == {"0 0"}
 
 
+def test_what_the_image_knows_of_the_model_s_class_is_in_vllms_cache(served: Container) -> None:
+    """Before vLLM looks, which would take it another import of itself."""
+    name = "vllm-model_executor-models-llama-LlamaForCausalLM.json"
+    held = f"/var/lib/tensorserve/cache/vllm/modelinfos/{name}"
+    # What vLLM finds out itself is readable by its user alone.
+    assert served.exec("stat", "--format=%a", held).strip() == "644"
+    served.exec("cmp", f"/opt/tensorserve/share/vllm/modelinfos/{name}", held)
+
+
 def test_pid_1_reaps_what_others_leave_behind(served: Container) -> None:
     """An orphan becomes PID 1's child when its parent ends; it leaves no zombie."""
     program = (

@@ -1,0 +1,38 @@
+"""A command of a start, run in a new container of an image instead of in this environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from bench.directories import ROOT
+
+# What podman needs where there is no systemd, and limits may not be raised.
+_PODMAN = ("--health-interval=disable", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
+_ENGINE = ("podman", "docker")
+
+
+def in_container(
+    image: str, words: list[str], environment: Mapping[str, str], visible: Iterable[Path]
+) -> tuple[list[str], dict[str, str]]:
+    """(words, environment) that run `words` in a new container, which ends with them.
+
+    It has this machine's network, and sees `visible` at their own paths; nothing is cached in it.
+    Raises RuntimeError where neither podman nor docker is installed.
+    """
+    engine = next((name for name in _ENGINE if shutil.which(name)), None)
+    if engine is None:
+        raise RuntimeError("neither podman nor docker is installed")
+    run = [engine, "run", "--rm", "--network=host", "--shm-size=1g", f"--user={os.getuid()}:0"]
+    run += _PODMAN if engine == "podman" else ()
+    for path in visible:
+        run += ["--volume", f"{path}:{path}"]
+    for name, value in environment.items():
+        if name not in ("PATH", "HOME"):
+            run += ["--env", f"{name}={value}"]
+    program = Path(words[0]).name
+    outside = dict(os.environ)
+    outside.setdefault("CONTAINERS_CONF", str(ROOT / "tests/image/containers.conf"))
+    return [*run, image, program, *words[1:]], outside
