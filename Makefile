@@ -74,16 +74,20 @@ image-cpu: ## build the image for machines without a GPU
 	@docker/build-image cpu tensorserve:cpu
 
 # Needs root: podman runs real containers, on a base image made here if none is named.
+test-image test-image-build: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
+test-image test-image-build: export ENGINE = podman
+
 .PHONY: test-image
-test-image: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
-test-image: export ENGINE = podman
-test-image: venv ## build the cpu image and run it as a user would (root; some minutes)
+test-image: venv test-image-build ## build the cpu image and run it as a user would (root; some minutes)
+	@$(BIN)/python -m pytest tests/image --timeout 600
+
+.PHONY: test-image-build
+test-image-build: ## build the images that test-image runs
 	@if [ -z "$${BASE:-}" ]; then docker/base-image localhost/tensorserve-base:bookworm; fi; \
 	export BASE=$${BASE:-localhost/tensorserve-base:bookworm}; \
 	docker/build-image cpu tensorserve:cpu --quiet >/dev/null; \
 	docker/build-image demo tensorserve:demo --quiet >/dev/null; \
 	FILE=tests/image/Dockerfile.prometheus docker/build-image prometheus tensorserve-test-prometheus --quiet >/dev/null
-	@$(BIN)/python -m pytest tests/image --timeout 600
 
 .PHONY: sbom
 sbom: venv ## list what is in the built images: docs/sbom/*.cdx.json
