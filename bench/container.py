@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bench.directories import ROOT
+import bench.directories  # noqa: F401 - finds the tests' modules
 
-# What podman needs where there is no systemd, and limits may not be raised.
-_PODMAN = ("--health-interval=disable", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
-_ENGINE = ("podman", "docker")
+from containers import LOCAL  # isort: skip
 
 
 def in_container(
@@ -22,17 +20,14 @@ def in_container(
     It has this machine's network, and sees `visible` at their own paths; nothing is cached in it.
     Raises RuntimeError where neither podman nor docker is installed.
     """
-    engine = next((name for name in _ENGINE if shutil.which(name)), None)
+    engine = next((name for name in ("podman", "docker") if shutil.which(name)), None)
     if engine is None:
         raise RuntimeError("neither podman nor docker is installed")
     run = [engine, "run", "--rm", "--network=host", "--shm-size=1g", f"--user={os.getuid()}:0"]
-    run += _PODMAN if engine == "podman" else ()
+    run += LOCAL if engine == "podman" else ()
     for path in visible:
         run += ["--volume", f"{path}:{path}"]
     for name, value in environment.items():
         if name not in ("PATH", "HOME"):
             run += ["--env", f"{name}={value}"]
-    program = Path(words[0]).name
-    outside = dict(os.environ)
-    outside.setdefault("CONTAINERS_CONF", str(ROOT / "tests/image/containers.conf"))
-    return [*run, image, program, *words[1:]], outside
+    return [*run, image, *words], dict(os.environ)

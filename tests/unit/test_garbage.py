@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,10 +46,10 @@ def test_who_chose_other_numbers_keeps_them() -> None:
     assert gc.get_threshold() == (90_000, 5, 6)
 
 
-def test_the_program_begins_with_it(tmp_path: str) -> None:
+def test_the_program_begins_with_it(tmp_path: Path) -> None:
     """Before anything of vLLM is imported: a vLLM of ours says what it saw."""
     program = (
-        "import gc, runpy, sys, types\n"
+        "import gc, runpy, sys\n"
         "class Finder:\n"
         "    @staticmethod\n"
         "    def find_spec(name, path=None, target=None):\n"
