@@ -138,6 +138,7 @@ class _Fetched(ReadsParts):
     """A whole file in memory, as a source."""
 
     remote = False
+    pinned = True
     version = None
 
     def __init__(self, name: str, data: bytes) -> None:

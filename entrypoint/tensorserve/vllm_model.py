@@ -51,7 +51,8 @@ def populate_soon(model: nn.Module, processors: frozenset[int]) -> threading.Thr
 def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
     """Hand a checkpoint's tensors to vLLM's own weight loaders; gives what they say they loaded.
 
-    Raises CorruptError, naming the tensor, where the model refuses one.
+    Raises CorruptError, naming the tensor, where the model refuses one or does not ask for it: a
+    file is compared with its manifest as a whole, when its last tensor is taken.
     """
     last = "the first"
 
@@ -66,6 +67,8 @@ def give(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> set[s
         loaded: set[str] | None = model.load_weights(watched())  # type: ignore[operator]
     except (KeyError, ValueError, AssertionError) as error:
         raise unfit(model, f"it refused {last}", error) from error
+    for name, _ in tensors:
+        raise unfit(model, f"it asked for no more after {last}", ValueError(f"left: {name!r}"))
     return loaded
 
 

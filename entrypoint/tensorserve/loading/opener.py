@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +78,9 @@ class Pending:
     left: int = field(init=False)
     """Bytes that are not open in their place yet, and one for the header."""
     true_header: TensorHeader | None = None
-    """Read a second time, and with other chunks than the first: all of it has to be read again."""
+    """Read a second time, and another than the first: what differs has to be opened again."""
+    failed: set[int] = field(default_factory=set)
+    """Chunks that did not open under the first header, where there is another one."""
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.RLock = field(default_factory=threading.RLock)
     sent: object | None = None  # where it is staged: what to wait for on the device
@@ -122,6 +125,25 @@ class Opener:
         headers = (every[offset] for offset in sorted(every))
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
+    def check_headers_still(self, connections: int) -> None:
+        """Raises CorruptError unless each header that was used still stands in the file.
+
+        Where nothing else pins a version, that is what tells a file that was replaced during the
+        load: a header holds its tensor's hashes and tags.
+        """
+
+        def changed(offset: int) -> bool:
+            now = bytearray(len(self._headers[offset]))
+            self._source.read_again(offset, memoryview(now))
+            return bytes(now) != self._headers[offset]
+
+        with ThreadPoolExecutor(connections, "tensorserve-headers") as pool:
+            if any(pool.map(changed, sorted(self._headers))):
+                raise CorruptError(
+                    f"{self._source.name} was replaced while it was read.",
+                    hint="Start again; upload models under a new name instead of over an old one.",
+                )
+
     # What comes ----------------------------------------------------------------------------------
 
     def take_header(self, tensor: Pending, start: int, data: memoryview) -> bool:
@@ -140,7 +162,7 @@ class Opener:
         try:
             header = self._parse(tensor.record, tensor.header_bytes)
         except CorruptError:
-            header = self._read_header_again(tensor.record)
+            header, _ = self._read_header_again(tensor.record)
         with tensor.lock:
             if self._staging is not None and _crosses_parts(header):
                 self._to_one_place(tensor)
@@ -276,15 +298,19 @@ class Opener:
             self._open_again(tensor, index)
 
     def _open_again(self, tensor: Pending, index: int) -> None:
-        """Nonce and tag may be what was damaged, so the header is read anew as well."""
+        """Nonce and tag may be what was damaged, so the header is read anew as well.
+
+        Where another header comes, this chunk waits until all have come: others that the first
+        header opened may be of an older version, sealed with the same key (`_open_under`).
+        """
         with tensor.lock:
+            if tensor.true_header is None:
+                header, same = self._read_header_again(tensor.record)
+                if not same:
+                    tensor.true_header = header
             if tensor.true_header is not None:
-                return  # none of its chunks was cut where it should be
-            header = self._read_header_again(tensor.record)
-            if not _same_chunks(header, tensor.header):
-                tensor.true_header = header
+                tensor.failed.add(index)
                 return
-            tensor.header = header
         self._read_chunk(tensor, header, index)
 
     def _read_chunk(self, tensor: Pending, header: TensorHeader, index: int) -> tuple[int, int]:
@@ -296,19 +322,48 @@ class Opener:
         open_tensor_chunk(header, self._key_for(header), index, here, here)
         return begin, end
 
-    def _read_all_again(self, tensor: Pending, header: TensorHeader) -> bool:
-        """What came was cut by a damaged header. One thread, chunk by chunk: it is that rare."""
+    def _open_under(self, tensor: Pending, header: TensorHeader) -> bool:
+        """All that was opened under another header and differs in this one is read and opened
+        again. One thread, a chunk at a time: it is rare.
+        """
+        again = self._differing(tensor, header)
         tensor.header, tensor.true_header = header, None
         assert header.chunks is not None
         if self._staging is not None and not tensor.view and _crosses_parts(header):
             if tensor.memory.is_cuda:
                 torch.cuda.synchronize(tensor.memory.device)  # parts of it are on their way
             self._to_one_place(tensor)
-        tensor.left = tensor.record.length
+        bounds = [header.chunks.chunk_bounds(index, tensor.record.length) for index in again]
+        tensor.left = sum(end - begin for begin, end in bounds)
         complete = False
-        for index in range(header.chunks.count):
+        for index in again:
             complete = self._arrived(tensor, *self._read_chunk(tensor, header, index))
         return complete
+
+    def _differing(self, tensor: Pending, header: TensorHeader) -> list[int]:
+        """The chunks that the tensor's header so far does not vouch for in the way `header` does.
+
+        A chunk that opened under the same key, nonce and tag is the same chunk.
+        """
+        chunks, before = header.chunks, tensor.header
+        assert chunks is not None
+        assert before is not None
+        every = list(range(chunks.count))
+        if before.chunks is None or _cut(before) != _cut(header):
+            return every
+        found = {
+            index
+            for index in every
+            if index in tensor.failed
+            or before.chunks.chunk_tag(index) != chunks.chunk_tag(index)
+            or before.chunks.chunk_nonce(index) != chunks.chunk_nonce(index)
+        }
+        if self._staging is None or tensor.view or chunks.count == 1:
+            return sorted(found)
+        # A part goes to the device as a whole.
+        each = PART_BYTES // chunks.chunk_size
+        parts = {index // each for index in found}
+        return [index for index in every if index // each in parts]
 
     def _key_for(self, header: TensorHeader) -> bytes:
         assert self._key is not None
@@ -388,7 +443,7 @@ class Opener:
             if tensor.left:
                 return False
         if tensor.true_header is not None:
-            return self._read_all_again(tensor, tensor.true_header)
+            return self._open_under(tensor, tensor.true_header)
         if self._hashes:
             self._verify(tensor)
         if self._staging is not None:
@@ -403,9 +458,12 @@ class Opener:
         try:
             verify_hashes(tensor.header, tensor.view)
         except CorruptError:
-            tensor.header = self._read_header_again(tensor.record)
-            if tensor.header.chunks is None:  # else the tags have vouched for the bytes
+            tensor.header, same = self._read_header_again(tensor.record)
+            if tensor.header.chunks is None:
                 self._source.read_again(tensor.record.data_offset, tensor.view)
+            elif not same:  # else the tags have vouched for the bytes
+                for index in range(tensor.header.chunks.count):
+                    self._read_chunk(tensor, tensor.header, index)
             verify_hashes(tensor.header, tensor.view)
 
     # Headers -------------------------------------------------------------------------------------
@@ -417,11 +475,13 @@ class Opener:
         self._headers[record.header_offset] = bytes(data)
         return header
 
-    def _read_header_again(self, record: TensorRecord) -> TensorHeader:
+    def _read_header_again(self, record: TensorRecord) -> tuple[TensorHeader, bool]:
+        """What stands in the file now, and whether it is, byte for byte, what was read before."""
         self._progress.retry("corrupt")
+        before = self._headers.get(record.header_offset)
         data = bytearray(record.header_length)
         self._source.read_again(record.header_offset, memoryview(data))
-        return self._parse(record, data)
+        return self._parse(record, data), bytes(data) == before
 
 
 def _chunks_within(
@@ -433,15 +493,11 @@ def _chunks_within(
         yield index, *chunks.chunk_bounds(index, length)
 
 
-def _same_chunks(one: TensorHeader, other: TensorHeader | None) -> bool:
-    """Whether both cut the tensor in the same places."""
-    assert one.chunks is not None
-    assert other is not None
-    assert other.chunks is not None
-    first, second = one.chunks, other.chunks
-    return first.count == second.count and (
-        first.count == 1 or first.chunk_size == second.chunk_size
-    )
+def _cut(header: TensorHeader) -> tuple[object, ...]:
+    """Where the tensor is cut into chunks, and with which key they are sealed."""
+    assert header.chunks is not None
+    count = header.chunks.count
+    return count, 0 if count == 1 else header.chunks.chunk_size, header.key_derivation
 
 
 def _crosses_parts(header: TensorHeader) -> bool:

@@ -36,6 +36,8 @@ _IDLE_SECONDS = 0.02
 _SURPLUS_SECONDS = 0.1
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
+# Connections that read small pieces at the end of a load.
+_AT_ONCE = 16
 # The part of `ahead_bytes` for memory that waits to be used again.
 _KEPT = 8
 
@@ -66,6 +68,10 @@ class TensorStream:
     A tensor is handed out only after every one of its chunks was authenticated. Use it as a context
     manager: leaving it ends all threads, also in the middle. Errors of any thread surface in the
     consumer, as they were raised.
+
+    What holds of the file as a whole is compared before the last tensor is handed out: that its
+    headers are those of the manifest or, where the source cannot pin a version and no manifest
+    names the headers, that they still are what they were when they were read.
 
     `place` may give a tensor's final memory (uint8, contiguous, of the record's length): it is then
     filled there, without a copy and without counting for `ahead_bytes`.
@@ -190,6 +196,8 @@ class TensorStream:
         """Nonces, tags and hashes of the whole file are those that the manifest vouches for."""
         expected = self._options.headers_sha256
         if expected is None:
+            if not self._source.pinned:
+                self._opener.check_headers_still(self._options.connections or _AT_ONCE)
             return
         if self._opener.headers_sha256(self._other_headers) != expected:
             raise CorruptError(

@@ -143,6 +143,7 @@ class PrefetchedSource(ReadsParts):
         self.name = source.name
         self.size = source.size
         self.version = source.version
+        self.pinned = source.pinned
         self.remote = source.remote
         self._freed = 0
         self._given_up = False

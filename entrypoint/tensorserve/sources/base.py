@@ -27,7 +27,11 @@ class Source(Protocol):
     size: int
     """Bytes."""
     version: str | None
-    """What pins the object (a strong ETag, a file's identity); None if the server gives nothing."""
+    """What names this version (an ETag, a file's identity, a date); None if there is nothing."""
+    pinned: bool
+    """Whether `version` changes with every change of the bytes. A date in seconds does not, a weak
+    ETag need not (RFC 9110, 8.8.1): then what two requests give may be of two versions.
+    """
     remote: bool
     """Whether requests take time on the way, so that many at once help."""
 

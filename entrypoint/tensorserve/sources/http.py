@@ -95,6 +95,7 @@ class HttpSource(ReadsParts):
         watch_headers(self._pool)
         self.size = -1
         self.version: str | None = None
+        self.pinned = False
         self._etag: str | None = None
         self._modified: str | None = None
         self._head = b""
@@ -118,16 +119,15 @@ class HttpSource(ReadsParts):
         stop = self.within(offset, filling)
         if stop <= len(self._head):
             filling.take(self._head[offset:stop])
-            return
-        attempts = Attempts(self._policy, self._observer, self.name)
-        while not filling.finished:
-            try:
-                try:
-                    self._attempt(offset + filling.done, stop, filling, attempts)
-                except _Refused as refused:
-                    self._renew(refused, attempts)
-            except TryAgain as cause:
-                attempts.failed(cause)
+        else:
+            self._fetch(offset, stop, filling)
+
+    def read_again(self, offset: int, buffer: memoryview) -> None:
+        """See `Source`: the first bytes, kept from the opening, may be damaged as well."""
+        filling = Filling.of(buffer)
+        stop = self.within(offset, filling)
+        if len(buffer):
+            self._fetch(offset, stop, filling)
 
     def hurry(self, thread: int) -> None:
         """See `Source`: what it reads is asked for anew, from where it is."""
@@ -140,6 +140,17 @@ class HttpSource(ReadsParts):
         self._pool.clear()
 
     # One request ---------------------------------------------------------------------------------
+
+    def _fetch(self, offset: int, stop: int, filling: Filling) -> None:
+        attempts = Attempts(self._policy, self._observer, self.name)
+        while not filling.finished:
+            try:
+                try:
+                    self._attempt(offset + filling.done, stop, filling, attempts)
+                except _Refused as refused:
+                    self._renew(refused, attempts)
+            except TryAgain as cause:
+                attempts.failed(cause)
 
     def _open(self) -> None:
         """Size, version and first bytes, from one ranged GET (a presigned URL allows no HEAD)."""
@@ -177,7 +188,8 @@ class HttpSource(ReadsParts):
         self._etag = response.headers.get("ETag")
         self._modified = response.headers.get("Last-Modified")
         # A weak ETag does not promise equal bytes (RFC 9110, 8.8.1).
-        self.version = self._etag if self._has_strong_etag() else self._modified
+        self.pinned = self._has_strong_etag()
+        self.version = self._etag if self.pinned else self._modified
         head = bytearray(count)
         self._receive(response, Filling.of(memoryview(head)), attempts)
         self._head = bytes(head)

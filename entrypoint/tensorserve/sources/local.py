@@ -22,6 +22,7 @@ class LocalSource(ReadsParts):
     """One file. Its identity is checked at every read: a file that changes is not a version."""
 
     remote = False
+    pinned = True
 
     def __init__(self, path: Path, observer: FetchObserver | None = None) -> None:
         self.name = str(path)
@@ -136,4 +137,7 @@ def _unreadable(path: Path | str) -> PermissionDeniedError:
 
 
 def _identity(info: os.stat_result) -> str:
-    return f"{info.st_mtime_ns}-{info.st_size}-{info.st_ino}"
+    # The time of the last write can be set back (`cp -p`, `rsync -t --inplace`); that of the last
+    # change of the inode cannot.
+    times = f"{info.st_mtime_ns}-{info.st_ctime_ns}"
+    return f"{times}-{info.st_size}-{info.st_dev}-{info.st_ino}"

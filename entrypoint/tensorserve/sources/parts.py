@@ -88,6 +88,7 @@ class ReadsParts(ABC):
 
     name: str
     size: int
+    pinned: bool
 
     @abstractmethod
     def read_parts(

@@ -27,6 +27,7 @@ class MemorySource(ReadsParts):
     """A source over bytes; `spoil` and `fail_at` make trouble."""
 
     remote = True
+    pinned = True
 
     def __init__(self, data: bytes) -> None:
         self.name, self.size, self.version = "memory", len(data), None

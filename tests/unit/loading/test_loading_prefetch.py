@@ -28,6 +28,7 @@ class CountedSource(ReadsParts):
     """A remote source over bytes; counts how often each megabyte is read."""
 
     remote = True
+    pinned = True
 
     def __init__(self, data: bytes) -> None:
         self.name, self.size, self.version = "memory", len(data), "v1"

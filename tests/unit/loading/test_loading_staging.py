@@ -33,6 +33,7 @@ class RemoteFile(LocalSource):
     """A file that is read as if it were behind a network."""
 
     remote = True
+    pinned = True
 
 
 def tensors() -> dict[str, torch.Tensor]:
