@@ -9,7 +9,14 @@ from tensorserve.errors import CorruptError, WrongKeyError
 from tensorserve.format import FileIndex, FileKey, read_index
 from tensorserve.keys import parse_key, parse_passphrase, prove_key
 from tensorserve.settings import Settings
-from tensorserve.sources import Access, FetchObserver, RetryPolicy, S3Access, Source
+from tensorserve.sources import (
+    Access,
+    FetchObserver,
+    ReplacedError,
+    RetryPolicy,
+    S3Access,
+    Source,
+)
 from tensorserve.sources.base import MOST_CONNECTIONS
 
 
@@ -92,7 +99,7 @@ def _open_version(
     source = sources.open_source(uri, access, observer)
     if version is not None and source.version != version:
         source.close()
-        raise CorruptError(
+        raise ReplacedError(
             f"{source.name} was replaced since this start checked it.",
             hint="Start again; upload models under a new name instead of over an old one.",
         )

@@ -69,6 +69,7 @@ class Settings:
     host_memory_limit: int
     prefetch: str
     verify: str
+    loader: str
     allowed_hosts: tuple[str, ...]
     engine_restarts: int
     failure_linger: float

@@ -208,6 +208,13 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto`, `hashes`",
     ),
     Variable(
+        "TENSORSERVE_LOADER", "loader", _choice("auto", "reference"), "auto",
+        "Who makes tensors of what is read: `auto` is our own loader; `reference` is tensorizer's "
+        "own reader over the same sources and checks. It is slower, and tells whether our loader "
+        "or the file is at fault.",
+        "`auto`, `reference`",
+    ),
+    Variable(
         "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", _names, (),
         "Link-local or metadata hosts that a URI may name all the same.", "names, comma-separated",
         shown_default="none",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from vllm.distributed import (
     get_tp_group,
 )
 from vllm.distributed.parallel_state import in_the_same_node_as
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -31,6 +33,7 @@ from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
+from tensorserve.loading.other_reader import load_failure
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
 from tensorserve.loading.staging import Staging
@@ -52,7 +55,12 @@ from tensorserve.vllm_model import (
     untie,
 )
 
+if TYPE_CHECKING:
+    from tensorserve.loading.reference import ReferenceStream
+
 PROGRESS_SECONDS = 0.25
+# Below vLLM's own logger, which alone it configures.
+logger = init_logger("vllm.tensorserve")
 
 
 class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
@@ -117,7 +125,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._phase("init", "end")
         self._phase("load", "begin")
         populate_soon(model, self._start.processors)
-        with self._open() as opened:
+        with self._device_errors(), self._open() as opened:
             packed = self._start.shard(self._rank).fingerprint is not None
             # All of what `pack` took from a rank, even what is computed where a checkpoint has it.
             records = list(opened.index.tensors) if packed else loadable(opened.index)
@@ -126,6 +134,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 rank=self._rank,
                 bytes=sum(r.length for r in records),
                 tensors=len(records),
+                loader=self._start.settings.loader,
             )
             if packed or is_vllm_layout(opened.index):
                 targets = homes(model)
@@ -138,8 +147,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 copy_in_place(model, parameters, once=packed)
             else:
                 fill(self, model, model_config, self._stream(opened, records, self._staging()))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
         self._emit("load_done", rank=self._rank)
         self._phase("load", "end")
         self._phase("postprocess", "begin")
@@ -164,6 +173,14 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             self.load_weights(model, model_config)
         ready: nn.Module = model.eval()
         return ready
+
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        """A device says what went wrong at any later call, the model's own included."""
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            raise load_failure(error, self._start.settings.loader) from error
 
     @contextmanager
     def _open(self, *, to_load: bool = True) -> Iterator[OpenTensors]:
@@ -249,7 +266,46 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             headers_sha256=shard.headers_sha256,
             left_out=left_out(opened.index, records),
         )
-        stream = TensorStream(
+        end = report_every(PROGRESS_SECONDS, self._report)
+        try:
+            with self._reader(opened, records, options, staging, place) as stream:
+                for record, tensor in stream:
+                    started = time.monotonic()
+                    yield module_name(record), tensor
+                    self._progress.stage("copy", record.length, time.monotonic() - started)
+        # What vLLM raises does not come here; a ValueError of ours it would take for the model's.
+        except Exception as error:
+            failure = load_failure(error, settings.loader)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            end()
+
+    def _reader(
+        self,
+        opened: OpenTensors,
+        records: list[TensorRecord],
+        options: LoadOptions,
+        staging: Staging | None,
+        place: Callable[[TensorRecord], torch.Tensor | None],
+    ) -> TensorStream | ReferenceStream:
+        """Who makes tensors of what is read (TENSORSERVE_LOADER)."""
+        if self._start.settings.loader == "reference":
+            # Not at import: tensorizer takes a second, and is not needed otherwise.
+            from tensorserve.loading.reference import ReferenceStream
+
+            logger.info("TENSORSERVE_LOADER=reference: tensorizer's own reader loads the weights")
+            return ReferenceStream(
+                opened.source,
+                opened.index,
+                records,
+                key=opened.key,
+                options=options,
+                progress=self._progress,
+                device=self._device,
+            )
+        return TensorStream(
             opened.source,
             records,
             encrypted=opened.index.encrypted,
@@ -259,15 +315,6 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             place=place,
             staging=staging,
         )
-        end = report_every(PROGRESS_SECONDS, self._report)
-        try:
-            with stream:
-                for record, tensor in stream:
-                    started = time.monotonic()
-                    yield module_name(record), tensor
-                    self._progress.stage("copy", record.length, time.monotonic() - started)
-        finally:
-            end()
 
     def _memory_limit(self) -> int:
         """Bytes of host memory that this rank's load may take beside what is fetched ahead."""
@@ -277,8 +324,15 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         return limit // self._ranks_here
 
     def _staging(self) -> Staging | None:
-        """The way to a GPU; None where tensors stay in host memory, or are hashed there first."""
-        if self._device.type != "cuda" or self._start.settings.verify == "hashes":
+        """The way to a GPU; None where tensors stay in host memory or are hashed there first, and
+        for tensorizer's reader, which has its own.
+        """
+        settings = self._start.settings
+        if (
+            self._device.type != "cuda"
+            or settings.verify == "hashes"
+            or settings.loader == "reference"
+        ):
             return None
         return Staging(self._device, self._memory_limit() // 8)
 

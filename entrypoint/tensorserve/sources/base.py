@@ -19,6 +19,10 @@ class NotFoundError(CorruptError):
     reason = "not_found"
 
 
+class ReplacedError(CorruptError):
+    """The object is not the one that it was when it was opened."""
+
+
 class Source(Protocol):
     """One object, open for reading. Methods may be called by many threads at once."""
 

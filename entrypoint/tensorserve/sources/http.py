@@ -15,14 +15,20 @@ from urllib3.exceptions import HTTPError
 
 from tensorserve.errors import (
     ConfigurationError,
-    CorruptError,
     PermissionDeniedError,
     SourceUnavailableError,
 )
 from tensorserve.secret import redact_uri
 from tensorserve.sources.addresses import host_and_port, refuse_metadata
 from tensorserve.sources.answers import watch_headers
-from tensorserve.sources.base import Access, FetchObserver, NotFoundError, RetryPolicy, Unobserved
+from tensorserve.sources.base import (
+    Access,
+    FetchObserver,
+    NotFoundError,
+    ReplacedError,
+    RetryPolicy,
+    Unobserved,
+)
 from tensorserve.sources.parts import Filling, ReadsParts
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
 from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
@@ -395,8 +401,8 @@ class HttpSource(ReadsParts):
             if found != value:
                 raise self._replaced()
 
-    def _replaced(self) -> CorruptError:
-        return CorruptError(
+    def _replaced(self) -> ReplacedError:
+        return ReplacedError(
             f"{self.name} was replaced while it was read.",
             hint="Start again; upload models under a new name instead of over an old one.",
         )

@@ -14,7 +14,7 @@ from tensorserve.errors import (
     PermissionDeniedError,
     SourceUnavailableError,
 )
-from tensorserve.sources.base import FetchObserver, NotFoundError, Unobserved
+from tensorserve.sources.base import FetchObserver, NotFoundError, ReplacedError, Unobserved
 from tensorserve.sources.parts import Filling, ReadsParts
 
 
@@ -54,7 +54,7 @@ class LocalSource(ReadsParts):
         memory: Callable[[int], memoryview],
         on_part: Callable[[int], bool],
     ) -> None:
-        """See `Source`. Raises CorruptError if the file changed or is too short."""
+        """See `Source`. Raises ReplacedError if the file changed or is too short."""
         filling = Filling(lengths, memory, on_part)
         self.within(offset, filling)
         self._observer.request()
@@ -65,7 +65,7 @@ class LocalSource(ReadsParts):
             except OSError as error:
                 raise SourceUnavailableError(f"{self.name}: {error.strerror}.") from error
             if not count:
-                raise CorruptError(
+                raise ReplacedError(
                     f"{self.name} ends at byte {offset + filling.done}; {self.size} were there at "
                     "first.",
                     hint="The file was truncated while it was read. Start again.",
@@ -73,7 +73,7 @@ class LocalSource(ReadsParts):
             self._observer.received(count)
             # Before the part is used: a change that came before it was read is seen here.
             if count == len(wanted) and _identity(os.fstat(self._fd)) != self.version:
-                raise CorruptError(
+                raise ReplacedError(
                     f"{self.name} was changed while it was read.",
                     hint="Start again; put new models under a new name instead of over an old one.",
                 )

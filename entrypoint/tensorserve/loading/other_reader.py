@@ -1,0 +1,46 @@
+"""May the loader be at fault for a load that failed? Then its error names the other reader."""
+
+from __future__ import annotations
+
+from tensorserve.errors import (
+    ConfigurationError,
+    CorruptError,
+    PermissionDeniedError,
+    SourceUnavailableError,
+    TensorserveError,
+    WrongKeyError,
+)
+from tensorserve.sources import NotFoundError, ReplacedError
+
+# Both readers would say the same: what they read, and with which key, is the same.
+_NOT_THE_READERS = (
+    ConfigurationError,
+    PermissionDeniedError,
+    SourceUnavailableError,
+    NotFoundError,
+    ReplacedError,
+    WrongKeyError,
+)
+TRY_REFERENCE = (
+    "TENSORSERVE_LOADER=reference reads with tensorizer's own reader: try it to tell the loader's "
+    "fault from the file's."
+)
+
+
+def load_failure(error: Exception, loader: str) -> TensorserveError:
+    """What to raise for `error`, raised by the stream of `loader` (TENSORSERVE_LOADER).
+
+    What is none of ours (a device's error, a mistake in this code) becomes an internal error (70),
+    with the cause in its message. An error that the reader may be to blame for gets one more line.
+    """
+    if isinstance(error, TensorserveError):
+        failure = error
+    else:
+        failure = TensorserveError(
+            f"The load failed with an error of the loader or of the device "
+            f"({type(error).__name__}: {str(error)[:1000]})."
+        )
+    suspected = isinstance(failure, CorruptError) or type(failure) is TensorserveError
+    if loader != "reference" and suspected and not isinstance(failure, _NOT_THE_READERS):
+        failure.hint = "\n  ".join(filter(None, (failure.hint, TRY_REFERENCE)))
+    return failure
