@@ -34,7 +34,7 @@ from s3server import S3Server, free_ports  # isort: skip
 from smollm2 import ensure_model as ensure_smollm2  # isort: skip
 
 BUCKET = "models"
-KINDS = ("ours", "no-prefetch", "safetensors", "dummy")
+KINDS = ("ours", "no-prefetch", "reference", "safetensors", "dummy")
 _POLL_SECONDS = 0.05
 _READY_SECONDS = 600.0
 # Stock vLLM's own messages, with which a phase of its start ends.
@@ -119,6 +119,7 @@ def _compare(start: _Starts, repetitions: int, chosen: list[str]) -> dict[str, l
     every: dict[str, Callable[[], Started]] = {
         "ours": start.ours,
         "no-prefetch": lambda: start.ours(prefetch="off"),
+        "reference": lambda: start.ours(loader="reference"),
         "safetensors": start.stock,
         "dummy": lambda: start.stock("--load-format", "dummy"),
     }
@@ -148,7 +149,7 @@ class _Starts:
     directory: Path
     image: str | None
 
-    def ours(self, prefetch: str = "auto") -> Started:
+    def ours(self, prefetch: str = "auto", loader: str = "auto") -> Started:
         """`tensorserve up`: encrypted weights from S3."""
         port, metrics_port = free_ports(2)
         state = self.directory / "state"
@@ -168,6 +169,7 @@ class _Starts:
                 "TENSORSERVE_STATE_DIR": str(state),
                 "TENSORSERVE_FAILURE_LINGER": "0",
                 "TENSORSERVE_PREFETCH": prefetch,
+                "TENSORSERVE_LOADER": loader,
             }
         )
         if "PYTHONPATH" in os.environ and self.image is None:
@@ -268,6 +270,7 @@ def _tables(
         "safetensors": "stock vLLM, safetensors on local disk, in the page cache",
         "ours": "tensorserve up, encrypted, from S3 on loopback",
         "no-prefetch": "the same, nothing fetched ahead",
+        "reference": "the same, read by tensorizer's own reader (TENSORSERVE_LOADER=reference)",
     }
     size = (packed.directory / "model.safetensors").stat().st_size
     base = [start.seconds for start in found["dummy"]]

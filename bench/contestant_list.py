@@ -27,6 +27,15 @@ CONTESTANTS = (
         sweep=_READERS,
         base=_SEALED,
     ),
+    # tensorizer's reader over our sources: what is between it and the line above is the transport.
+    Contestant(
+        "reference-encrypted",
+        "TENSORSERVE_LOADER=reference, encrypted",
+        "ours",
+        "encrypted",
+        options={"loader": "reference"},
+        base=_SEALED,
+    ),
     Contestant("ours-plain", "this loader, plain", "ours", "plain", base=_OPEN),
     Contestant(_OPEN, "tensorizer, plain, default", "tensorizer_reader", "plain", base=_OPEN),
     Contestant(
@@ -35,6 +44,14 @@ CONTESTANTS = (
         "tensorizer_reader",
         "plain",
         sweep=_READERS,
+        base=_OPEN,
+    ),
+    Contestant(
+        "reference-plain",
+        "TENSORSERVE_LOADER=reference, plain",
+        "ours",
+        "plain",
+        options={"loader": "reference"},
         base=_OPEN,
     ),
     Contestant(

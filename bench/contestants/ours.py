@@ -21,6 +21,10 @@ def prepare(job: Job) -> None:
     import tensorserve.loading
     import tensorserve.opening
 
+    if job.options.get("loader") == "reference":
+        import tensorizer  # noqa: F401
+
+        import tensorserve.loading.reference
     if job.uri.startswith("s3://"):
         import botocore.auth
         import botocore.session  # noqa: F401
@@ -31,7 +35,8 @@ def prepare(job: Job) -> None:
 def load(job: Job) -> Loaded:
     """All tensors on the device (option `device`), or only their bytes (option `bytes_only`).
 
-    Option `connections`: else automatic.
+    Option `connections`: else automatic. Option `loader`: `reference` reads with tensorizer's own
+    reader, as TENSORSERVE_LOADER=reference does.
     """
     import torch
 
@@ -44,19 +49,33 @@ def load(job: Job) -> Loaded:
     opened = _open(job, progress)
     connections = job.options.get("connections")
     device = job.options.get("device", "cpu")
+    load_options = LoadOptions(connections=connections)
     try:
-        stream = TensorStream(
-            opened.source,
-            opened.index.tensors,
-            encrypted=opened.index.encrypted,
-            key=opened.key,
-            options=LoadOptions(connections=connections),
-            progress=progress,
-            # As the engine does for what goes on to a GPU.
-            staging=Staging(torch.device(device), 128 * 1024**2)
-            if device.startswith("cuda")
-            else None,
-        )
+        if job.options.get("loader") == "reference":
+            from tensorserve.loading.reference import ReferenceStream
+
+            stream: TensorStream | ReferenceStream = ReferenceStream(
+                opened.source,
+                opened.index,
+                opened.index.tensors,
+                key=opened.key,
+                options=load_options,
+                progress=progress,
+                device=torch.device(device),
+            )
+        else:
+            stream = TensorStream(
+                opened.source,
+                opened.index.tensors,
+                encrypted=opened.index.encrypted,
+                key=opened.key,
+                options=load_options,
+                progress=progress,
+                # As the engine does for what goes on to a GPU.
+                staging=Staging(torch.device(device), 128 * 1024**2)
+                if device.startswith("cuda")
+                else None,
+            )
         with stream:
             tensors = {record.name: tensor for record, tensor in stream}
     finally:

@@ -1,7 +1,8 @@
 """Run as a program: `LLM(...)` for each of the cases on standard input, one after the other.
 
 In: {"prompts": [...], "cases": [{"uri": …, "settings": {…}} or {"llm": {…}}]}, the latter also with
-"tensorizer": what vLLM's TensorizerConfig is made of. Out: for each case the texts, as last line.
+"tensorizer": what vLLM's TensorizerConfig is made of. Out: for each case the texts, as last line;
+with "log_probabilities": true also each text's, as words.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ def main() -> None:
             kwargs["model_loader_extra_config"] = TensorizerConfig(**case["tensorizer"])
         llm = LLM(**kwargs, **FLAGS)
         # One by one, as everywhere where answers are compared: batches change the last bits.
-        params = SamplingParams(max_tokens=24, temperature=0, seed=0)
-        texts = [
-            llm.generate(p, params, use_tqdm=False)[0].outputs[0].text for p in work["prompts"]
-        ]
-        found.append(texts)
+        with_them = work.get("log_probabilities", False)
+        params = SamplingParams(
+            max_tokens=24, temperature=0, seed=0, logprobs=1 if with_them else None
+        )
+        answers = [llm.generate(p, params, use_tqdm=False)[0].outputs[0] for p in work["prompts"]]
+        found.append([answer.text for answer in answers])
+        if with_them:
+            found[-1] += [
+                str([token.logprob for place in answer.logprobs for token in place.values()])
+                for answer in answers
+            ]
         del llm
         gc.collect()
     print(json.dumps(found))

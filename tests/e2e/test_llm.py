@@ -21,11 +21,17 @@ PROMPTS = ["The capital of France is", "1 2 3 4"]
 OFFLINE = Path(__file__).with_name("offline.py")
 
 
-def answers(cases: list[dict[str, Any]], **environ: str) -> list[list[str]]:
-    """The texts of each case, all in one process."""
+def answers(
+    cases: list[dict[str, Any]], *, log_probabilities: bool = False, **environ: str
+) -> list[list[str]]:
+    """The texts of each case, all in one process; and each token's log-probability, to the last
+    bit.
+    """
     run = subprocess.run(
         [sys.executable, str(OFFLINE)],
-        input=json.dumps({"prompts": PROMPTS, "cases": cases}),
+        input=json.dumps(
+            {"prompts": PROMPTS, "log_probabilities": log_probabilities, "cases": cases}
+        ),
         env=clean_environment() | CPU_ENVIRONMENT | environ,
         capture_output=True,
         text=True,
@@ -56,8 +62,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, s3: S3Serv
 def test_llm_loads_from_disk_http_and_s3(
     tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
 ) -> None:
-    """Two models in one process, from three places, and by vLLM's own options; each LLM has its
-    own weights."""
+    """Two models in one process, from three places, by both readers, and by vLLM's own options;
+    each LLM has its own weights."""
     other = tiny_models.llama(tmp_path / "other", model_dir, torch.bfloat16, tied=False)
     pack(other, str(tmp_path / "tiny"), tmp_path / "tiny.key")
     by_options = {
@@ -73,21 +79,26 @@ def test_llm_loads_from_disk_http_and_s3(
         },
     }
     tiny_key = {"key_file": str(tmp_path / "tiny.key")}
+    reference = {"key_file": str(packed / "key"), "loader": "reference"}
     with RangeServer(packed / "bundle") as server:
-        smollm2, tiny, over_http, from_s3, with_options = answers(
+        smollm2, tiny, over_http, from_s3, by_reference, with_options = answers(
             [
                 {"uri": str(packed / "bundle"), "settings": {"key_file": str(packed / "key")}},
                 {"uri": str(tmp_path / "tiny"), "settings": tiny_key},
                 {"uri": server.url, "settings": {"key": (packed / "key").read_bytes().hex()}},
                 {"uri": "s3://llm/smollm2", "settings": {"key_file": str(packed / "key")}},
+                {"uri": "s3://llm/smollm2", "settings": reference},
                 {"llm": by_options},
             ],
+            log_probabilities=True,
             **s3.environment,
         )
     stock_smollm2, stock_tiny = answers(
-        [{"llm": {"model": str(model_dir)}}, {"llm": {"model": str(other)}}]
+        [{"llm": {"model": str(model_dir)}}, {"llm": {"model": str(other)}}],
+        log_probabilities=True,
     )
-    assert smollm2 == over_http == from_s3 == with_options == stock_smollm2
+    assert len(stock_smollm2) == 2 * len(PROMPTS)
+    assert smollm2 == over_http == from_s3 == by_reference == with_options == stock_smollm2
     assert tiny == stock_tiny != smollm2
 
 

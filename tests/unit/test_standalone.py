@@ -54,6 +54,15 @@ def test_arguments_win_over_the_environment(bundle: Path) -> None:
     assert names == {"config.json", "tokenizer.json"}
 
 
+def test_the_loader_is_a_setting_as_any_other(bundle: Path) -> None:
+    """`llm_kwargs(…, loader="reference")`; a loader that there is not is named before vLLM is."""
+    kwargs = llm_kwargs(str(bundle), key=KEY, loader="reference", environ={})
+    assert started(kwargs).settings.loader == "reference"
+    assert started(llm_kwargs(str(bundle), key=KEY, environ={})).settings.loader == "auto"
+    with pytest.raises(ConfigurationError, match="not one of auto, reference"):
+        llm_kwargs(str(bundle), key=KEY, loader="tensorizer", environ={})
+
+
 def test_the_model_may_come_from_the_environment_too(bundle: Path) -> None:
     """All of it."""
     environ = {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY": KEY.hex()}

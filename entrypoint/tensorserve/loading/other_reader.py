@@ -41,6 +41,12 @@ def load_failure(error: Exception, loader: str) -> TensorserveError:
             f"({type(error).__name__}: {str(error)[:1000]})."
         )
     suspected = isinstance(failure, CorruptError) or type(failure) is TensorserveError
-    if loader != "reference" and suspected and not isinstance(failure, _NOT_THE_READERS):
+    said = failure.hint is not None and TRY_REFERENCE in failure.hint
+    if (
+        loader != "reference"
+        and suspected
+        and not said
+        and not isinstance(failure, _NOT_THE_READERS)
+    ):
         failure.hint = "\n  ".join(filter(None, (failure.hint, TRY_REFERENCE)))
     return failure

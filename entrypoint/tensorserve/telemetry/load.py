@@ -38,6 +38,8 @@ class RankLoad:
 
     planned: int = 0
     tensors: int = 0
+    loader: str = "auto"
+    """Who reads: the value of TENSORSERVE_LOADER."""
     began: float = 0.0
     done: float | None = None
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,6 +55,7 @@ class RankLoad:
             self.began = event["t"]
         self.planned += int(number(event.get("bytes")))
         self.tensors += int(number(event.get("tensors")))
+        self.loader = label(event.get("loader", self.loader))
         self.done = None
         self._fresh = True
         self._sample(event["t"])

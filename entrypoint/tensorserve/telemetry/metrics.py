@@ -67,6 +67,11 @@ def _start_metrics(status: Status) -> Iterator[Metric]:
 
 
 def _load_metrics(status: Status) -> Iterator[Metric]:
+    info = InfoMetricFamily(
+        "tensorserve_load",
+        "Which loader reads the rank's weights (TENSORSERVE_LOADER).",
+        labels=["rank"],
+    )
     size = GaugeMetricFamily(
         "tensorserve_load_size_bytes",
         "Weights that the rank has to load.",
@@ -99,13 +104,14 @@ def _load_metrics(status: Status) -> Iterator[Metric]:
     )
     for number, load in sorted(status.state.ranks.items()):
         rank = str(number)
+        info.add_metric([rank], {"loader": load.loader})
         size.add_metric([rank], load.planned)
         progress.add_metric([rank], load.ratio)
         throughput.add_metric([rank], status.state.rank_rate(number, status.now))
         for stage in STAGES:
             count.add_metric([rank, stage], load.bytes(stage))
             seconds.add_metric([rank, stage], load.seconds(stage))
-    yield from (size, count, seconds, progress, throughput)
+    yield from (info, size, count, seconds, progress, throughput)
 
 
 def _fault_metrics(status: Status) -> Iterator[Metric]:

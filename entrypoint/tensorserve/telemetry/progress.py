@@ -98,8 +98,9 @@ def describe(state: StartState, now: float) -> str:
     if state.phase != "load" or not state.planned_bytes:
         return f"{state.phase} ({state.startup_seconds(now):.0f} s since the start)"
     eta = state.eta(now)
+    reader = " with the reference reader" if state.reference else ""
     return (
-        f"load {state.progress:4.0%}  "
+        f"load{reader} {state.progress:4.0%}  "
         f"{state.arrived_bytes / GIB:.2f} of {state.planned_bytes / GIB:.2f} GiB  "
         f"{state.rate(now) / GIB:.2f} GiB/s  "
         f"ETA {'unknown' if eta is None else _clock(eta)}"

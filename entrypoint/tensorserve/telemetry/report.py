@@ -88,6 +88,7 @@ def _rank(load: RankLoad, end: float) -> dict[str, Any]:
         "bytes": load.copied,
         "planned_bytes": load.planned,
         "tensors": load.tensors,
+        "loader": load.loader,
         "complete": load.done is not None,
         "seconds": max(0.0, finish - load.began),
         "bytes_per_second": load.mean_rate(finish),
@@ -152,6 +153,7 @@ def _loads(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{name:<10}{_size(rank['bytes']):>12}{rank['seconds']:>9.2f}"
             f"{rank['bytes_per_second'] / 1e9:>8.2f}{stages}"
+            + ("  reference reader" if rank["loader"] == "reference" else "")
             + ("" if rank["complete"] else f"  incomplete: of {_size(rank['planned_bytes'])}")
         )
     return lines

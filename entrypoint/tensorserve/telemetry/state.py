@@ -145,6 +145,11 @@ class StartState:
             return 1.0 if self.load_complete else 0.0
         return progress_ratio(self.arrived_bytes, self.copied_bytes, self.planned_bytes)
 
+    @property
+    def reference(self) -> bool:
+        """Whether tensorizer's own reader loads (TENSORSERVE_LOADER=reference)."""
+        return any(load.loader == "reference" for load in self.ranks.values())
+
     def rank_rate(self, rank: int, now: float) -> float:
         """Bytes a second of one rank; 0 where the engine has ended in the middle of its load."""
         load = self.ranks[rank]

@@ -52,6 +52,7 @@ class Story:
         state, moment = self._state, event["t"]
         segment = state.segments[-1] if state.segments else None
         retries, failure, ready = state.retries, state.failure, state.ready_at
+        by_reference = state.reference
         state.apply(event)
         if event["event"] == "start":
             self._start(moment)
@@ -61,6 +62,9 @@ class Story:
             self._checks.append(name if name in _CHECKS else "another one")
         if segment is not None and segment.end is not None and state.segments[-1] is not segment:
             self._phase_done(segment.phase, segment.end, segment.end - segment.begin)
+        if state.reference and not by_reference:
+            # Slower, and meant for a while: nobody should wonder why.
+            self._note(Note(moment, "Tensorizer's own reader loads, as asked", "warning"))
         for reason, count in (state.retries - retries).items():
             self._retried(reason, count, moment)
         if state.ready_at is not None and ready is None:

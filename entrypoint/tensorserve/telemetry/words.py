@@ -22,7 +22,11 @@ FAILURES = {
     ),
     "configuration": ("wrong configuration", "`tensorserve plan` names each mistake."),
     "usage": ("wrong command", "`tensorserve --help` shows the right one."),
-    "internal": ("internal error", "This is a mistake in tensorserve: please report it."),
+    "internal": (
+        "internal error",
+        "This is a mistake in tensorserve: please report it. If it came while loading, "
+        "TENSORSERVE_LOADER=reference may load the model meanwhile.",
+    ),
     "engine": ("the engine ended", "Its own output, in the log of the container, says why."),
 }
 _RETRIES = {

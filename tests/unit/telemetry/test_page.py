@@ -200,6 +200,15 @@ def test_requests_sent_again_for_one_reason_do_not_fill_the_list() -> None:
     assert len(lines) < 8
 
 
+def test_a_load_by_the_reference_reader_is_noted_once() -> None:
+    """It is slower, and meant for a while; with our loader nothing is said."""
+    events = whole_start()
+    events[9:10] = [{**events[9], "loader": "reference", "rank": rank} for rank in (0, 1)]
+    lines = notes(seen(events, 500.0, healthy=True))
+    assert lines.count("Tensorizer's own reader loads, as asked") == 1
+    assert not [line for line in notes(seen(whole_start(), 500.0)) if "reader" in line]
+
+
 def test_a_second_start_begins_a_new_list() -> None:
     """What happened before belongs to a start that is over."""
     content = seen([*LOADING, at(133, "engine_exit", code=1), at(140, "start", start_id="b")], 141)
@@ -224,7 +233,7 @@ def test_nothing_of_the_users_gets_into_words_or_markup() -> None:
         begin(101, canary),
         end(102, "preflight"),
         begin(102, "load"),
-        at(102, "load_plan", rank=0, bytes=1000, tensors=canary),
+        at(102, "load_plan", rank=0, bytes=1000, tensors=canary, loader=canary),
         progress(103, 10, retries={canary: 3, "ok": canary}),
         at(104, "failure", reason=canary, exit_code=65, message=canary),
         at(105, "engine_exit", code=canary),

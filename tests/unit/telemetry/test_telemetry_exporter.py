@@ -32,6 +32,7 @@ METRICS = {
     "tensorserve_phase_duration_seconds": {"phase"},
     "tensorserve_startup_seconds": set(),
     "tensorserve_ready": set(),
+    "tensorserve_load_info": {"rank", "loader"},
     "tensorserve_load_size_bytes": {"rank"},
     "tensorserve_load_bytes_total": {"rank", "stage"},
     "tensorserve_load_stage_seconds_total": {"rank", "stage"},
@@ -95,6 +96,18 @@ def test_a_scrape_during_a_load_shows_progress_between_nothing_and_all(
     assert found["tensorserve_fetch_requests_total", ()] == 7
     assert found["tensorserve_fetch_retries_total", ("reset",)] == 2
     assert found["tensorserve_ready", ()] == 0
+
+
+def test_a_scrape_says_which_loader_reads(tmp_path: Path, engine: Engine) -> None:
+    """`auto`, also where a log of an earlier version does not say."""
+    log = log_start(tmp_path, engine)
+    log.emit("load_plan", rank=0, bytes=10, tensors=1)
+    log.emit("load_plan", rank=1, bytes=10, tensors=1, loader="reference")
+    log.emit("load_plan", rank=2, bytes=10, tensors=1, loader="s3://Someone's")
+    with exporting(tmp_path) as client:
+        found = samples(client)
+    for rank, loader in enumerate(("auto", "reference", "other")):
+        assert found["tensorserve_load_info", (loader, str(rank))] == 1
 
 
 def test_each_scrape_sees_the_log_as_it_stands(tmp_path: Path, engine: Engine) -> None:

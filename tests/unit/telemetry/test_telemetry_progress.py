@@ -12,6 +12,7 @@ import pytest
 from telemetry_starts import at, begin, end, progress, whole_start
 
 from tensorserve.telemetry import ProgressView, StartState, fold
+from tensorserve.telemetry.progress import describe
 
 
 @pytest.fixture
@@ -111,6 +112,15 @@ def test_a_pipe_gets_a_line_at_each_phase_and_each_tenth() -> None:
     ]  # fmt: skip
     percents = [int(line.split("%")[0].split()[-1]) for line in lines if "%" in line]
     assert percents == list(range(10, 101, 10))
+
+
+def test_a_load_by_the_reference_reader_says_so() -> None:
+    """In each line of the load: somebody may wonder why it is slow."""
+    state = StartState()
+    plan = at(1, "load_plan", rank=0, bytes=1000, tensors=1, loader="reference")
+    for event in (at(0, "start", start_id="a"), begin(1, "load"), plan):
+        state.apply(event)
+    assert describe(state, 2).startswith("load with the reference reader   0%")
 
 
 def test_a_pipe_gets_a_line_every_five_seconds_of_a_slow_load() -> None:

@@ -95,6 +95,16 @@ def test_a_start_whose_log_just_stops_ends_at_its_last_event() -> None:
     assert (report["outcome"], report["total_seconds"]) == ("unfinished", 36)
 
 
+def test_a_load_by_the_reference_reader_says_so() -> None:
+    """It is slower: whoever compares two reports has to see it."""
+    events = whole_start()
+    assert report_json(events)["ranks"][0]["loader"] == "auto"
+    assert "reference" not in render_report(events, 80, False)
+    events[9] = {**events[9], "loader": "reference"}
+    assert report_json(events)["ranks"][0]["loader"] == "reference"
+    assert "reference reader" in render_report(events, 80, False)
+
+
 def test_an_empty_log_says_so() -> None:
     """Instead of an empty table."""
     assert render_report([], 80, False) == "There is no start in the event log."
