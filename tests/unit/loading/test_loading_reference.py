@@ -22,6 +22,7 @@ import pytest
 import tensorizer
 import torch
 from tensorizer import EncryptionParams, TensorSerializer
+from test_loading_prefetch import CountedSource, fetching
 
 from rangeserver import Fault, RangeServer
 from tensorserve.errors import (
@@ -34,7 +35,9 @@ from tensorserve.errors import (
 from tensorserve.format import FileKey, TensorRecord, read_index
 from tensorserve.keys import GivenKey, parse_passphrase
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.reference import ReferenceStream
+from tensorserve.loading.shared import SharedBlocks
 from tensorserve.opening import OpenTensors, open_tensors
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, ReplacedError, RetryPolicy, Source
@@ -630,20 +633,112 @@ def test_without_libsodium_it_says_so(
     assert by_reference(str(directory / "plain.tensors"), None)
 
 
-def test_the_callers_thread_keeps_its_processors(directory: Path, sealed: FileKey) -> None:
-    """vLLM binds its worker; tensorizer's threads run elsewhere, the worker where it was."""
-    seen: list[str] = []
-
-    class Watched(Spoilt):
-        def read_into(self, offset: int, buffer: memoryview) -> None:
-            if offset > MIB:
-                seen.append(threading.current_thread().name)
-            super().read_into(offset, buffer)
-
-    by_reference(
-        str(directory / "sealed.tensors"),
-        sealed,
-        wrap=lambda s: Watched(s, []),  # type: ignore[arg-type, return-value]
+def test_its_threads_run_where_ours_do_and_the_callers_stays_where_it_is(
+    directory: Path, sealed: FileKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM binds its worker to some processors, and tensorizer's threads are made there."""
+    moved: list[tuple[str, frozenset[int]]] = []
+    monkeypatch.setattr(
+        "tensorserve.loading.reference.run_on",
+        lambda processors: moved.append((threading.current_thread().name, processors)),
     )
-    assert seen
-    assert all(name.startswith("TensorDeserializerCopy") for name in seen)
+    options = replace(OPTIONS, processors=frozenset({0, 1}))
+    by_reference(str(directory / "sealed.tensors"), sealed, options=options)
+    assert moved == [("TensorDeserializerCopy_0", frozenset({0, 1}))]
+
+
+class Device:
+    """A GPU, as far as these tests go: what was asked of it, in order, by which thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, object]] = []
+        monkeypatch.setattr(torch.cuda, "set_device", lambda d: self.asked.append(("set", d)))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"consumer's on {d}")
+
+    def tensor(self, tensor: torch.Tensor) -> Any:
+        """`tensor`, which says that it is on the GPU."""
+        asked = self.asked
+
+        class OnDevice:
+            is_cuda = True
+            device = torch.device("cuda", 3)
+            dtype, shape = tensor.dtype, tensor.shape
+
+            def record_stream(self, stream: str) -> None:
+                asked.append(("used by", stream))
+
+        return OnDevice()
+
+
+def test_on_a_gpu_the_ranks_own_device_is_used_and_nothing_is_filled_while_it_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only a GPU would show: a context on GPU 0, and memory used again too early."""
+    gpu = Device(monkeypatch)
+    made: dict[str, Any] = {}
+    real = tensorizer.TensorDeserializer
+
+    class OnGpu(real):  # type: ignore[misc, valid-type]
+        _preload_cuda_called = False
+
+        def __init__(self, file: Any, *, device: torch.device, **options: Any) -> None:
+            made["device"], made["preloaded"] = device, OnGpu._preload_cuda_called
+            super().__init__(file, device="cpu", **options)
+
+        def _to_torch_parameter(self, tensor: torch.Tensor) -> Any:
+            return type("Parameter", (), {"data": gpu.tensor(tensor)})()
+
+    monkeypatch.setattr(tensorizer, "TensorDeserializer", OnGpu)
+    file = opened(str(directory / "plain.tensors"), None, LoadProgress())
+    records = [record for record in file.index.tensors if record.name in {"odd", "long"}]
+    with ReferenceStream(
+        file.source,
+        file.index,
+        records,
+        key=None,
+        options=OPTIONS,
+        progress=LoadProgress(),
+        device=torch.device("cuda"),
+    ) as stream:
+        for number, _ in enumerate(stream, 1):
+            assert gpu.asked.count(("used by", "consumer's on cuda:3")) == number
+    file.source.close()
+    assert made == {"device": torch.device("cuda", 3), "preloaded": True}
+    assert gpu.asked[0] == ("set", torch.device("cuda", 3))
+    assert len(gpu.asked) == 1 + len(records)
+
+
+def test_ranks_that_share_what_is_fetched_fetch_it_once(
+    directory: Path, tensors: dict[str, torch.Tensor], sealed: FileKey
+) -> None:
+    """Each is past a byte when it has taken it, so that the fetcher goes on."""
+    data = (directory / "sealed.tensors").read_bytes()
+    source = CountedSource(data)
+    index = read_index(source)
+    shared = SharedBlocks.create(source.size, source.version, 2)
+    found: list[dict[str, torch.Tensor]] = []
+
+    def load(rank: int) -> None:
+        progress = LoadProgress()
+        mine = PrefetchedSource(source, shared.reopen(), rank, progress)
+        with ReferenceStream(
+            mine,
+            index,
+            index.tensors,
+            key=sealed,
+            options=LoadOptions(ahead_bytes=8 * MIB),
+            progress=progress,
+        ) as stream:
+            found.append({record.name: tensor for record, tensor in stream})
+        mine.close()
+
+    # Less than the file: it goes on only as both ranks do.
+    with fetching(source, shared, 10 * MIB):
+        ranks = [threading.Thread(target=load, args=(rank,)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(20)
+    assert [equal(loaded, tensors) for loaded in found] == [True, True]
+    assert source.bytes_read == len(data)
