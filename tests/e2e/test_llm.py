@@ -62,8 +62,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, s3: S3Serv
 def test_llm_loads_from_disk_http_and_s3(
     tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
 ) -> None:
-    """Two models in one process, from three places, by both readers, and by vLLM's own options;
-    each LLM has its own weights."""
+    """Two models in one process, from three places (S3: by both readers), and by vLLM's own
+    options; each LLM has its own weights."""
     other = tiny_models.llama(tmp_path / "other", model_dir, torch.bfloat16, tied=False)
     pack(other, str(tmp_path / "tiny"), tmp_path / "tiny.key")
     by_options = {
@@ -81,12 +81,11 @@ def test_llm_loads_from_disk_http_and_s3(
     tiny_key = {"key_file": str(tmp_path / "tiny.key")}
     reference = {"key_file": str(packed / "key"), "loader": "reference"}
     with RangeServer(packed / "bundle") as server:
-        smollm2, tiny, over_http, from_s3, by_reference, with_options = answers(
+        smollm2, tiny, over_http, by_reference, with_options = answers(
             [
                 {"uri": str(packed / "bundle"), "settings": {"key_file": str(packed / "key")}},
                 {"uri": str(tmp_path / "tiny"), "settings": tiny_key},
                 {"uri": server.url, "settings": {"key": (packed / "key").read_bytes().hex()}},
-                {"uri": "s3://llm/smollm2", "settings": {"key_file": str(packed / "key")}},
                 {"uri": "s3://llm/smollm2", "settings": reference},
                 {"llm": by_options},
             ],
@@ -98,7 +97,7 @@ def test_llm_loads_from_disk_http_and_s3(
         log_probabilities=True,
     )
     assert len(stock_smollm2) == 2 * len(PROMPTS)
-    assert smollm2 == over_http == from_s3 == by_reference == with_options == stock_smollm2
+    assert smollm2 == over_http == by_reference == with_options == stock_smollm2
     assert tiny == stock_tiny != smollm2
 
 
