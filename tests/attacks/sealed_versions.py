@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,14 +13,17 @@ from safetensors.torch import save_file
 from tensorserve.format import FileIndex, FileKey, TensorRecord, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.reference import ReferenceStream
 from tensorserve.manifest import read_manifest
-from tensorserve.opening import open_tensors
+from tensorserve.opening import OpenTensors, open_tensors
 from tensorserve.packing import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, RetryPolicy
 from tensorserve.sources.local import LocalSource
 
 MIB = 1024**2
+READERS = ("auto", "reference")
+"""Values of TENSORSERVE_LOADER."""
 KEY = bytes(range(32))
 ACCESS = Access(policy=RetryPolicy(attempts=3, deadline=8.0, stall_timeout=3.0, backoff_base=0.01))
 
@@ -70,6 +74,15 @@ def file_key() -> FileKey:
     return GivenKey(KEY, "the test")
 
 
+def reading(opened: OpenTensors, options: LoadOptions, reader: str) -> Any:
+    """The stream of all tensors, by our loader (`auto`) or by tensorizer's reader (`reference`)."""
+    given: dict[str, Any] = {"key": opened.key, "options": options, "progress": LoadProgress()}
+    tensors = opened.index.tensors
+    if reader == "reference":
+        return ReferenceStream(opened.source, opened.index, tensors, **given)
+    return TensorStream(opened.source, tensors, encrypted=opened.index.encrypted, **given)
+
+
 def load(
     uri: str,
     taken: dict[str, str],
@@ -78,6 +91,7 @@ def load(
     headers_sha256: str | None = None,
     verify_hashes: bool = False,
     connections: int = 2,
+    reader: str = "auto",
 ) -> None:
     """Load all tensors of `uri`; `taken` is {name: SHA-256} of those that were handed out."""
     opened = open_tensors(uri, ACCESS, key)
@@ -85,14 +99,7 @@ def load(
         connections=connections, headers_sha256=headers_sha256, verify_hashes=verify_hashes
     )
     try:
-        with TensorStream(
-            opened.source,
-            opened.index.tensors,
-            encrypted=opened.index.encrypted,
-            key=opened.key,
-            options=options,
-            progress=LoadProgress(),
-        ) as stream:
+        with reading(opened, options, reader) as stream:
             for record, tensor in stream:
                 taken[record.name] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
     finally:

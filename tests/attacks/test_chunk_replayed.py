@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sealed_versions import MIB, Version, file_key, load, make_version
+from sealed_versions import MIB, READERS, Version, file_key, load, make_version
 from two_versions import TwoVersions
 
 from tensorserve.errors import CorruptError
@@ -20,8 +20,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version
     return make_version(folder, 1), make_version(folder, 2)
 
 
+@pytest.mark.parametrize("reader", READERS)
 def test_an_older_header_with_its_chunk_is_not_mixed_with_the_current_ones(
-    versions: tuple[Version, Version],
+    versions: tuple[Version, Version], reader: str
 ) -> None:
     """Header and chunk 0 of t05 come from the older version the first time, all else is current.
 
@@ -33,13 +34,14 @@ def test_an_older_header_with_its_chunk_is_not_mixed_with_the_current_ones(
     taken: dict[str, str] = {}
     with TwoVersions(old.data, new.data, CONSTANT) as server:
         server.old_at_first(record.header_offset, record.data_offset + 2 * MIB)
-        load(server.uri, taken, key=file_key(), headers_sha256=new.headers_sha256)
+        load(server.uri, taken, key=file_key(), headers_sha256=new.headers_sha256, reader=reader)
     assert server.served_old == record.header_length + 2 * MIB
     assert taken == new.digests
 
 
+@pytest.mark.parametrize("reader", READERS)
 def test_an_older_header_is_refused_where_all_of_its_tensor_comes_with_it(
-    versions: tuple[Version, Version],
+    versions: tuple[Version, Version], reader: str
 ) -> None:
     """t05 is the older version's as a whole, and opens; the digest of all headers tells it."""
     old, new = versions
@@ -49,21 +51,27 @@ def test_an_older_header_is_refused_where_all_of_its_tensor_comes_with_it(
         server.old_at_first(record.header_offset, record.end)
         with pytest.raises(CorruptError, match="not those of the manifest") as caught:
             load(
-                server.uri, taken, key=file_key(), headers_sha256=new.headers_sha256, connections=1
+                server.uri,
+                taken,
+                key=file_key(),
+                headers_sha256=new.headers_sha256,
+                connections=1,
+                reader=reader,
             )
     assert caught.value.exit_code == 65
     assert server.served_old == record.end - record.header_offset
     assert len(taken) < len(new.digests)
 
 
-def test_an_older_chunk_alone_does_not_open(versions: tuple[Version, Version]) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_an_older_chunk_alone_does_not_open(versions: tuple[Version, Version], reader: str) -> None:
     """It is read once more; what comes then is the current one."""
     old, new = versions
     record = new.record("t05")
     taken: dict[str, str] = {}
     with TwoVersions(old.data, new.data, CONSTANT) as server:
         server.old_at_first(record.data_offset + 2 * MIB, record.data_offset + 4 * MIB)
-        load(server.uri, taken, key=file_key(), headers_sha256=new.headers_sha256)
+        load(server.uri, taken, key=file_key(), headers_sha256=new.headers_sha256, reader=reader)
     assert server.served_old == 2 * MIB
     assert taken == new.digests
 

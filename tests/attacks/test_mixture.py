@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sealed_versions import ACCESS, KEY, Version, file_key, load, make_version
+from sealed_versions import ACCESS, KEY, READERS, Version, file_key, load, make_version, reading
 from two_versions import TwoVersions
 
 from tensorserve.errors import CorruptError
 from tensorserve.keys import GivenKey
-from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading import LoadOptions
 from tensorserve.opening import open_tensors
 
 # None of them changes with the bytes.
@@ -31,9 +32,10 @@ def versions(
     return tuple(make_version(folder, seed, encrypted=request.param) for seed in (1, 2))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("headers", UNPINNED.values(), ids=UNPINNED)
 def test_tensors_of_two_versions_never_make_one_model(
-    versions: tuple[Version, Version], headers: dict[str, str]
+    versions: tuple[Version, Version], headers: dict[str, str], reader: str
 ) -> None:
     """The file is replaced after a few tensors. Each tensor by itself is whole and opens."""
     old, new = versions
@@ -43,10 +45,7 @@ def test_tensors_of_two_versions_never_make_one_model(
         opened = open_tensors(server.uri, ACCESS, key)
         assert not opened.source.pinned
         options = LoadOptions(connections=1, ahead_bytes=2**20, verify_hashes=True)
-        stream = TensorStream(
-            opened.source, opened.index.tensors, encrypted=opened.index.encrypted, key=opened.key,
-            options=options, progress=LoadProgress(),
-        )  # fmt: skip
+        stream = reading(opened, options, reader)
         with pytest.raises(CorruptError, match="was replaced") as caught, stream:
             take(stream, taken, lambda: server.replace(new.data))
         opened.source.close()
@@ -54,28 +53,30 @@ def test_tensors_of_two_versions_never_make_one_model(
     assert len(taken) == len(new.digests) - 1
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("headers", UNPINNED.values(), ids=UNPINNED)
 def test_what_is_not_replaced_loads_from_such_a_source(
-    versions: tuple[Version, Version], headers: dict[str, str]
+    versions: tuple[Version, Version], headers: dict[str, str], reader: str
 ) -> None:
     """No ETag is no error by itself."""
     old, _ = versions
     taken: dict[str, str] = {}
     with TwoVersions(old.data, old.data, headers) as server:
         key = file_key() if old.index.encrypted else None
-        load(server.uri, taken, key=key, verify_hashes=True)
+        load(server.uri, taken, key=key, verify_hashes=True, reader=reader)
     assert taken == old.digests
 
 
-def take(stream: TensorStream, taken: dict[str, str], after_each: Callable[[], None]) -> None:
+def take(stream: Any, taken: dict[str, str], after_each: Callable[[], None]) -> None:
     """Take all tensors, as a model does."""
     for record, _ in stream:
         taken[record.name] = ""
         after_each()
 
 
+@pytest.mark.parametrize("reader", READERS)
 def test_a_local_file_written_over_with_its_date_kept_is_seen(
-    tmp_path: Path, versions: tuple[Version, Version]
+    tmp_path: Path, versions: tuple[Version, Version], reader: str
 ) -> None:
     """In place (the same inode), of the same size, the time of its last write set back."""
     old, new = versions
@@ -88,10 +89,7 @@ def test_a_local_file_written_over_with_its_date_kept_is_seen(
         file.write(new.data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    stream = TensorStream(
-        opened.source, opened.index.tensors, encrypted=opened.index.encrypted, key=opened.key,
-        options=LoadOptions(connections=1), progress=LoadProgress(),
-    )  # fmt: skip
+    stream = reading(opened, LoadOptions(connections=1), reader)
     with pytest.raises(CorruptError, match="was changed"), stream:
         take(stream, {}, lambda: None)
     opened.source.close()

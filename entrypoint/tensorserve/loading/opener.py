@@ -36,7 +36,7 @@ from tensorserve.linux import populate
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import PART_BYTES
 from tensorserve.loading.staging import Staging
-from tensorserve.sources import Source
+from tensorserve.sources import ReplacedError, Source
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ class Opener:
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
     def check_headers_still(self, connections: int) -> None:
-        """Raises CorruptError unless each header that was used still stands in the file.
+        """Raises ReplacedError unless each header that was used still stands in the file.
 
         Where nothing else pins a version, that is what tells a file that was replaced during the
         load: a header holds its tensor's hashes and tags.
@@ -139,7 +139,7 @@ class Opener:
 
         with ThreadPoolExecutor(connections, "tensorserve-headers") as pool:
             if any(pool.map(changed, sorted(self._headers))):
-                raise CorruptError(
+                raise ReplacedError(
                     f"{self._source.name} was replaced while it was read.",
                     hint="Start again; upload models under a new name instead of over an old one.",
                 )

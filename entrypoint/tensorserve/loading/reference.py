@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import TracebackType
@@ -33,6 +34,8 @@ from tensorserve.sources import ReplacedError, Source
 
 # Enough to hide a request's latency; who wants more sets TENSORSERVE_FETCH_CONNECTIONS.
 _CONNECTIONS = 4
+# Connections that read small pieces at the end of a load.
+_AT_ONCE = 16
 # The part of `ahead_bytes` for what is fetched ahead; the rest is for tensors not yet taken.
 _AHEAD = 4
 # A thread that is still in a read when all is done is left to its timeout.
@@ -135,9 +138,13 @@ class ReferenceStream:
         return torch.zeros(record.shape, dtype=getattr(torch, record.dtype), device=load.device)
 
     def _check_headers(self) -> None:
-        """Nonces, tags and hashes of the whole file are those that the manifest vouches for."""
+        """Nonces, tags and hashes of the whole file are those that the manifest vouches for; where
+        nothing vouches for them, and no version pins the file, they still stand there.
+        """
         expected, found = self._load.options.headers_sha256, self._load.headers
         if expected is None:
+            if not self._load.source.pinned:
+                self._check_headers_still()
             return
         if (
             hashlib.sha256(b"".join(found[offset] for offset in sorted(found))).hexdigest()
@@ -147,6 +154,24 @@ class ReferenceStream:
                 f"{self._load.source.name}: the tensors' headers are not those of the manifest.",
                 hint="Tensors were exchanged for others under the same key. Pack it again.",
             )
+
+    def _check_headers_still(self) -> None:
+        """As our loader does (`Opener.check_headers_still`). Raises ReplacedError."""
+        load = self._load
+
+        def changed(offset: int) -> bool:
+            now = bytearray(len(load.headers[offset]))
+            load.source.read_again(offset, memoryview(now))
+            return bytes(now) != load.headers[offset]
+
+        with ThreadPoolExecutor(
+            load.options.connections or _AT_ONCE, "tensorserve-headers"
+        ) as pool:
+            if any(pool.map(changed, sorted(load.headers))):
+                raise ReplacedError(
+                    f"{load.source.name} was replaced while it was read.",
+                    hint="Start again; upload models under a new name instead of over an old one.",
+                )
 
 
 class _DamagedError(Exception):
