@@ -639,7 +639,7 @@ def test_its_threads_run_where_ours_do_and_the_callers_stays_where_it_is(
     """vLLM binds its worker to some processors, and tensorizer's threads are made there."""
     moved: list[tuple[str, frozenset[int]]] = []
     monkeypatch.setattr(
-        "tensorserve.loading.reference.run_on",
+        "tensorserve.loading.reference_reading.run_on",
         lambda processors: moved.append((threading.current_thread().name, processors)),
     )
     options = replace(OPTIONS, processors=frozenset({0, 1}))
