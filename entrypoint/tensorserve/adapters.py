@@ -17,6 +17,7 @@ from tensorserve import handoff, sources
 from tensorserve.checkpoint import DTYPE_LABELS
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileIndex, FileKey, read_index, read_tensor
+from tensorserve.host_memory import limit_of
 from tensorserve.keys import prove_key
 from tensorserve.lora import CONFIG, SAFETENSORS, WEIGHTS, adapter_file, adapters_of, rank_of
 from tensorserve.manifest import Manifest, TensorsEntry, check_index
@@ -50,10 +51,10 @@ def hold_adapters(
         return ()
     entries = {name: manifest.tensors_files[adapter_file(name, WEIGHTS)] for name in names}
     total = sum(entry.size for entry in entries.values())
-    if total > settings.host_memory_limit:
+    if total > (limit := limit_of(settings)):
         raise ConfigurationError(
             f"The bundle's adapters take {total} bytes of memory, TENSORSERVE_HOST_MEMORY_LIMIT "
-            f"is {settings.host_memory_limit}.",
+            f"is {limit}.",
             hint="Raise it (they stay in memory), or set TENSORSERVE_VLLM_ENABLE_LORA=false to "
             "serve the model without them.",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,8 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
         for passed in run_checks(settings, plan, weights):
             log.emit("check", name=passed.name, found=passed.found)
         log.emit("phase", phase="preflight", state="end")
+        # The same for all processes of the start, whatever is left when they look.
+        settings = replace(settings, host_memory_limit=weights.host_memory_limit)
         log.emit("phase", phase="artifacts", state="begin")
         fetch_artifacts(
             plan.bundle_uri,

@@ -14,7 +14,6 @@ FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 MADV_POPULATE_WRITE = 23  # Linux 5.14, linux/mman.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _PAGE = mmap.PAGESIZE
-_populates = True
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
@@ -48,15 +47,25 @@ def populate(memory: memoryview) -> None:
     """madvise(2), MADV_POPULATE_WRITE: the kernel finds all pages of `memory` in one call.
 
     A fault for each page, as it is written, costs half as much again. Where it cannot be done
-    nothing is: the pages then come as they are written.
+    nothing is: the pages then come as they are written. Not for page-locked memory: its pages are
+    there, and the kernel refuses mappings of a driver.
     """
-    global _populates
-    if not _populates or len(memory) < 16 * _PAGE:
+    if len(memory) < 16 * _PAGE or not _populates():
         return
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     first, end = -(-start // _PAGE) * _PAGE, (start + len(memory)) // _PAGE * _PAGE
-    if _libc().madvise(first, end - first, MADV_POPULATE_WRITE):
-        _populates = ctypes.get_errno() != errno.EINVAL  # an older kernel
+    _libc().madvise(first, end - first, MADV_POPULATE_WRITE)
+
+
+@cache
+def _populates() -> bool:
+    """Whether the kernel knows the call. Tried on a page of our own: EINVAL has other reasons."""
+    with mmap.mmap(-1, _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        place = ctypes.c_char.from_buffer(page)
+        refused = _libc().madvise(ctypes.addressof(place), _PAGE, MADV_POPULATE_WRITE)
+        known = not refused or ctypes.get_errno() != errno.EINVAL
+        del place  # the map cannot be closed while somebody points into it
+        return known
 
 
 @cache

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from tensorserve import sources
+from tensorserve.host_memory import fetched_bytes, limit_of
 from tensorserve.linux import run_on
 from tensorserve.loading import LoadProgress
 from tensorserve.loading.prefetch import Prefetcher
@@ -42,13 +43,11 @@ def start_prefetch(
 
     The process is nobody's child when this returns, and ends with the engine's process group.
     """
-    if settings.prefetch == "off" or len(shards) != 1:
-        return None  # each rank has its own file, and reads it alone
+    if settings.prefetch == "off" or not may_share(shards):
+        return None
     if any(word.partition("=")[0] in _OTHER_PARALLELISM for word in plan.argv):
         return None  # nobody could say when all ranks are past a byte
     (shard,) = shards
-    if not shard.uri.startswith(("s3://", "http://", "https://")):
-        return None  # a file: the system's own cache is that memory
     shared = SharedBlocks.create(shard.size, shard.version, plan.tensor_parallel_size)
     path = shared.path
     child = os.fork()
@@ -59,6 +58,15 @@ def start_prefetch(
         os._exit(0)
     os.waitpid(child, 0)
     return path
+
+
+def may_share(shards: tuple[Shard, ...]) -> bool:
+    """Whether one process could fetch for all ranks.
+
+    Not where each rank has its own file, and reads it alone; nor what is no network's: the system's
+    own cache is that memory.
+    """
+    return len(shards) == 1 and shards[0].uri.startswith(("s3://", "http://", "https://"))
 
 
 def fetch_for_ranks(
@@ -89,16 +97,17 @@ def fetch_for_ranks(
     return shared.path
 
 
-def prefetch_budget(settings: Settings) -> int:
-    """Bytes of the host memory limit that may hold what was fetched ahead, or for all ranks."""
-    return settings.host_memory_limit * 3 // 8
+def prefetch_budget(settings: Settings, ranks: int) -> int:
+    """Bytes of the host memory limit that may hold what was fetched ahead, or for all `ranks`."""
+    return fetched_bytes(limit_of(settings), ranks)
 
 
 def _run(settings: Settings, shard: Shard, shared: SharedBlocks, log: EventLog) -> None:
     """In the new process. Whatever goes wrong: the loader fetches for itself, and says it."""
     try:
         os.nice(_NICENESS)
-        _fetch(settings, shard, shared.reopen(), prefetch_budget(settings), log)
+        own = shared.reopen()
+        _fetch(settings, shard, own, prefetch_budget(settings, shared.ranks), log)
     finally:
         os._exit(0)
 

@@ -20,11 +20,13 @@ from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey
+from tensorserve.host_memory import automatic_limit, available_host_memory
 from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
+from tensorserve.prefetching import may_share
 from tensorserve.secret import redact_uri
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, NotFoundError
@@ -34,14 +36,6 @@ MIB = 1024**2
 # vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.
 SHARED_MEMORY_BYTES = 160 * MIB
 SHARED_MEMORY = Path("/dev/shm")
-# Limit and use, of version 2 and of version 1 of control groups.
-_CGROUP_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 # Event log, configuration and tokenizer of large models.
 STATE_BYTES = 64 * MIB
 
@@ -61,6 +55,8 @@ class Weights:
     shards: tuple[Shard, ...] = ()
     data_bytes: int = 0
     manifest: Manifest | None = None
+    host_memory_limit: int | None = None
+    """Bytes; filled by `check_host_memory`."""
 
 
 def run_checks(
@@ -74,6 +70,7 @@ def run_checks(
     yield check_state_dir(settings.state_dir)
     yield from check_source(settings, plan, weights, observer)
     yield check_memory(weights.data_bytes, machines(plan.argv))
+    yield check_host_memory(settings, plan, weights)
 
 
 def engine_is_cpu() -> bool:
@@ -274,7 +271,7 @@ def check_config(bundle_uri: str, access: Access) -> None:
 def check_memory(data_bytes: int, machine_count: int = 1) -> Passed:
     """The weights fit into the memory of the devices that will hold them; each machine a part."""
     if engine_is_cpu():
-        available, where = _available_host_memory(), "host memory"
+        available, where = available_host_memory(), "host memory"
     else:
         available, where = _total_device_memory(), "the GPUs' memory"
     if available is None:
@@ -290,14 +287,44 @@ def check_memory(data_bytes: int, machine_count: int = 1) -> Passed:
     return Passed("memory", f"{share / 1e9:.2f} GB of {available / 1e9:.2f} GB in {where}")
 
 
+def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) -> Passed:
+    """How much host memory the load may take; said, never refused. Fills `weights`."""
+    name, limit = "host memory for the load", settings.host_memory_limit
+    if limit is not None:
+        weights.host_memory_limit = limit
+        return Passed(name, f"{limit / 1e9:.2f} GB, as TENSORSERVE_HOST_MEMORY_LIMIT says")
+    ranks, available = ranks_here(plan), available_host_memory()
+    fetches = may_share(weights.shards) and (settings.prefetch != "off" or ranks > 1)
+    held = weights.data_bytes // machines(plan.argv) if engine_is_cpu() else 0
+    limit = automatic_limit(available, ranks, held=held, fetches=fetches)
+    weights.host_memory_limit = limit
+    known = "not known how much is" if available is None else f"{available / 1e9:.2f} GB"
+    return Passed(name, f"{limit / 1e9:.2f} GB for {ranks} rank(s), automatic: {known} available")
+
+
 def machines(argv: tuple[str, ...]) -> int:
     """How many machines hold the model together: vLLM's --nnodes, 1 without it."""
-    count = "1"
+    return _number_in(argv, "--nnodes") or 1
+
+
+def ranks_here(plan: LaunchPlan) -> int:
+    """How many of vLLM's workers load weights on this machine."""
+    argv = plan.argv
+    replica = plan.tensor_parallel_size * (_number_in(argv, "--pipeline-parallel-size", "-pp") or 1)
+    if local := _number_in(argv, "--data-parallel-size-local", "-dpl"):
+        return replica * local
+    replicas = _number_in(argv, "--data-parallel-size", "-dp") or 1
+    return max(1, replica * replicas // machines(argv))
+
+
+def _number_in(argv: tuple[str, ...], *names: str) -> int | None:
+    """The whole number that a flag has, by any of its `names`; the last one counts."""
+    count = ""
     for number, word in enumerate(argv):
         name, _, value = word.partition("=")
-        if name == "--nnodes":
-            count = value or (argv[number + 1] if number + 1 < len(argv) else "1")
-    return max(1, int(count)) if count.isdecimal() else 1
+        if name in names:
+            count = value or (argv[number + 1] if number + 1 < len(argv) else "")
+    return max(1, int(count)) if count.isdecimal() else None
 
 
 def _first_shard(
@@ -336,22 +363,6 @@ def _vllm_version() -> str:
         raise ConfigurationError(
             "vLLM is not installed.", hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}"
         ) from error
-
-
-def _available_host_memory() -> int | None:
-    """Bytes still to be had: the machine's, or the control group's limit if that is less."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    available = int(found[1]) * 1024 if found else None
-    for limit_file, used_file in _CGROUP_MEMORY:
-        try:
-            limit = Path(limit_file).read_text().strip()
-            used = int(Path(used_file).read_text())
-        except (OSError, ValueError):
-            continue  # another version of control groups, or none of our own
-        if limit.isdecimal():
-            left = max(0, int(limit) - used)
-            available = left if available is None else min(left, available)
-    return available
 
 
 def _total_device_memory() -> int | None:

@@ -66,7 +66,8 @@ class Settings:
     metrics_port: int
     fetch_connections: int | None
     fetch_deadline: float
-    host_memory_limit: int
+    host_memory_limit: int | None
+    """Bytes; None: automatic, worked out at the start (host_memory.py)."""
     prefetch: str
     verify: str
     loader: str
@@ -364,5 +365,7 @@ def handed_over(
         result.pop(f"{name}_FILE", None)
     result.pop(HANDOFF_VARIABLE, None)
     result["TENSORSERVE_STATE_DIR"] = str(settings.state_dir)
+    if settings.host_memory_limit is not None:
+        result["TENSORSERVE_HOST_MEMORY_LIMIT"] = str(settings.host_memory_limit)
     result |= {name: secret.reveal_text() for name, secret in values.items()}
     return result, {name: secret.origin for name, secret in values.items()}

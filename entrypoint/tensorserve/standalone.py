@@ -26,6 +26,7 @@ from tensorserve.plan import LaunchPlan, make_plan
 from tensorserve.preflight import (
     Weights,
     check_device,
+    check_host_memory,
     check_memory,
     check_source,
     check_vllm,
@@ -86,6 +87,8 @@ def llm_kwargs(
     for _ in check_source(read, plan, weights, None):
         pass
     check_memory(weights.data_bytes)
+    check_host_memory(read, plan, weights)
+    read = replace(read, host_memory_limit=weights.host_memory_limit)
     fetch_artifacts(plan.bundle_uri, access_for(read), plan.model_dir, weights.manifest)
     hold_adapters(plan.bundle_uri, plan.model_dir, read, weights.manifest)
     reference = publish_start(given, read, (), weights.shards)
@@ -130,6 +133,8 @@ def own_start(environ: Mapping[str, str], ranks: int) -> Start:
     weights = Weights()
     for _ in check_weights(settings, plan, weights, None):
         pass
+    check_host_memory(settings, plan, weights)
+    settings = replace(settings, host_memory_limit=weights.host_memory_limit)
     return Start(settings, (), weights.shards, frozenset(os.sched_getaffinity(0)))
 
 

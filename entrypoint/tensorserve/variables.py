@@ -16,8 +16,6 @@ from urllib.parse import urlsplit
 from tensorserve.errors import ConfigurationError
 from tensorserve.sources.s3_uri import split_s3
 
-GIB = 1024**3
-
 
 @dataclass(frozen=True)
 class Variable:
@@ -192,14 +190,17 @@ VARIABLES: tuple[Variable, ...] = (
         "seconds, 1–86400",
     ),
     Variable(
-        "TENSORSERVE_HOST_MEMORY_LIMIT", "host_memory_limit", _memory_limit, GIB,
-        "Host memory for data on its way to the device.", "size, at least 64MiB",
-        shown_default="1GiB",
+        "TENSORSERVE_HOST_MEMORY_LIMIT", "host_memory_limit", _memory_limit, None,
+        "Host memory for data on its way to the device, of all ranks on the machine together. "
+        "Automatic: a quarter of what is available at the start (in the container's limit; without "
+        "the weights where they stay in host memory), at most 1GiB for each rank and 4GiB for what "
+        "is fetched ahead, at least 512MiB for each rank where that is no more than half.",
+        "size, at least 64MiB", shown_default="automatic",
     ),
     Variable(
         "TENSORSERVE_PREFETCH", "prefetch", _choice("auto", "off"), "auto",
-        "Whether weights behind a network are fetched into memory (still sealed, three eighths of "
-        "the limit above) while vLLM imports.",
+        "Whether weights behind a network are fetched into memory (still sealed; three eighths of "
+        "the limit above, or all beyond 1GiB for each rank) while vLLM imports.",
         "`auto`, `off`",
     ),
     Variable(

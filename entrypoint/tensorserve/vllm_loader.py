@@ -31,8 +31,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tensorserve.errors import TensorserveError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileIndex, TensorRecord
+from tensorserve.host_memory import limit_of
 from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
+from tensorserve.loading.numa import near
 from tensorserve.loading.other_reader import load_failure
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.shared import SharedBlocks
@@ -77,6 +79,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         )
         self._rank = 0
         self._ranks_here = 1
+        self._numa_bound = False
         self._shares = False
         self._device = torch.device("cpu")
         self._progress = LoadProgress()
@@ -91,6 +94,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._rank = get_tensor_model_parallel_rank()
         parallel = vllm_config.parallel_config
         self._ranks_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        self._numa_bound = parallel.numa_bind
         if self._started is None:
             self._started = own_start(self._options, get_tensor_model_parallel_world_size())
         self._phase("import", "end")
@@ -235,7 +239,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 start.settings,
                 start.shard(0),
                 group.world_size,
-                budget=prefetch_budget(start.settings) // groups,
+                budget=prefetch_budget(start.settings, self._ranks_here) // groups,
                 processors=start.processors,
                 log=self._log,
             )
@@ -255,14 +259,13 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for vLLM, with progress in the event log. `copy` is vLLM's time."""
         settings: Settings = self._start.settings
-        limit = self._memory_limit()
+        ring = staging.ring_bytes if staging is not None else 0
         shard = self._start.shard(self._rank)
         options = LoadOptions(
             connections=settings.fetch_connections,
-            ahead_bytes=limit,
+            ahead_bytes=self._memory_limit() - ring,
             verify_hashes=settings.verify == "hashes",
-            processors=self._start.processors,
-            pinned=self._device.type == "cuda",
+            processors=self._processors(),
             headers_sha256=shard.headers_sha256,
             left_out=left_out(opened.index, records),
         )
@@ -318,23 +321,28 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 
     def _memory_limit(self) -> int:
         """Bytes of host memory that this rank's load may take beside what is fetched ahead."""
-        limit = self._start.settings.host_memory_limit
+        limit = limit_of(self._start.settings)
         if self._shares:
-            limit -= prefetch_budget(self._start.settings)
+            limit -= prefetch_budget(self._start.settings, self._ranks_here)
         return limit // self._ranks_here
 
+    def _processors(self) -> frozenset[int]:
+        """On which the load's threads run: all of the container's, on a GPU those near it."""
+        if self._device.type != "cuda":
+            return self._start.processors  # vLLM binds its worker to one
+        if self._numa_bound:
+            return frozenset(os.sched_getaffinity(0))  # to those that the user or vLLM chose
+        return near(self._device, self._start.processors)
+
     def _staging(self) -> Staging | None:
-        """The way to a GPU; None where tensors stay in host memory or are hashed there first, and
-        for tensorizer's reader, which has its own.
+        """The way to a GPU; None where tensors stay in host memory, and for tensorizer's reader,
+        which has its own.
         """
-        settings = self._start.settings
-        if (
-            self._device.type != "cuda"
-            or settings.verify == "hashes"
-            or settings.loader == "reference"
-        ):
+        if self._device.type != "cuda" or self._start.settings.loader == "reference":
             return None
-        return Staging(self._device, self._memory_limit() // 8)
+        # At most half of it: the threads need memory as well.
+        limit = self._memory_limit() // 2
+        return Staging(self._device, limit, processors=self._processors())
 
     def _report(self) -> None:
         self._emit("load_progress", rank=self._rank, **self._progress.snapshot())

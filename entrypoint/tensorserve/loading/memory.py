@@ -21,10 +21,8 @@ _LEAST = 256 * 1024
 class HostMemory:
     """Memory for tensors; at most `keep` bytes are held for later use. Thread-safe."""
 
-    def __init__(self, keep: int, *, pinned: bool = False) -> None:
-        """`pinned`: page-locked, from which a GPU copies several times as fast."""
+    def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._pinned = pinned
         self._kept = 0
         self._free: list[mmap.mmap] = []
         self._lock = threading.Lock()
@@ -36,9 +34,6 @@ class HostMemory:
 
         That a consumer holds on to a tensor is no danger: its memory is then not used again.
         """
-        if self._pinned:
-            # torch itself uses pinned memory again, once no copy from it is under way any more.
-            return torch.empty(count, dtype=torch.uint8, pin_memory=True)
         if count < _LEAST:
             return torch.empty(count, dtype=torch.uint8)
         block = self._fitting(count) or _fresh(count)

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +68,9 @@ class Pending:
     record: TensorRecord
     memory: torch.Tensor  # uint8, of the record's length; where it is staged, on the device
     view: memoryview  # of the memory; of host memory, or empty, where it is staged
-    budget: int  # bytes of the host memory limit that it takes
+    budget: int  # bytes that it takes of the room for tensors ahead of the consumer
+    gathered: int = 0
+    """Where it is staged: bytes of host memory in which it comes together as a whole."""
     header: TensorHeader | None = None
     header_bytes: bytearray = field(default_factory=bytearray)
     header_left: int = field(init=False)
@@ -103,9 +106,9 @@ class Opener:
         hashes: bool,
         staging: Staging | None = None,
     ) -> None:
-        """With `staging`, tensors go on to a device; hashes cannot be checked then."""
-        assert not (hashes and staging)
+        """With `staging`, tensors go on to a device, part by part or once they are whole."""
         self._staging = staging
+        self._crosses = False
         self._source = source
         self._key = key
         self._progress = progress
@@ -144,6 +147,14 @@ class Opener:
                     hint="Start again; upload models under a new name instead of over an old one.",
                 )
 
+    def gathers(self, record: TensorRecord) -> bool:
+        """Whether a tensor that is staged should come together in host memory as a whole.
+
+        A file's chunks are of one size: where one tensor's are not cut as parts are, others' are
+        not either.
+        """
+        return self._hashes or (self._crosses and record.length > PART_BYTES)
+
     # What comes ----------------------------------------------------------------------------------
 
     def take_header(self, tensor: Pending, start: int, data: memoryview) -> bool:
@@ -164,7 +175,8 @@ class Opener:
         except CorruptError:
             header, _ = self._read_header_again(tensor.record)
         with tensor.lock:
-            if self._staging is not None and _crosses_parts(header):
+            if self._staging is not None and not tensor.view and _crosses_parts(header):
+                self._crosses = True
                 self._to_one_place(tensor)
             tensor.header = header
             early, tensor.early = tensor.early, []
@@ -189,6 +201,8 @@ class Opener:
                     self._write(tensor, start, data)
                     tensor.early.append((start, stop))
                     return False
+        if self._staging is not None and not tensor.view and _is_part(tensor.record, start, stop):
+            self._take_slot(self._staging, tensor, start, len(data))
         return self._settle(tensor, header, start, stop, data)
 
     def _settle(
@@ -226,8 +240,7 @@ class Opener:
         began = time.monotonic()
         assert header.chunks is not None
         begin, end = header.chunks.chunk_bounds(index, tensor.record.length)
-        out = self._place(tensor, begin, end)
-        populate(out)
+        out = self._fresh_place(tensor, begin, end)
         try:
             open_tensor_chunk(header, self._key_for(header), index, sealed, out)
         except TagMismatchError:
@@ -263,8 +276,7 @@ class Opener:
             first = min(-(-a // STRIP_ALIGNMENT) * STRIP_ALIGNMENT, b)
             last = b if begin + b == end else max(first, b // STRIP_ALIGNMENT * STRIP_ALIGNMENT)
             if first < last:
-                out = self._place(tensor, begin + first, begin + last)
-                populate(out)
+                out = self._fresh_place(tensor, begin + first, begin + last)
                 chunk.strips.open(first, data[first - a : last - a], out)
         waiting = [(a, first), (last, b)]
         if data is not None:
@@ -330,8 +342,7 @@ class Opener:
         tensor.header, tensor.true_header = header, None
         assert header.chunks is not None
         if self._staging is not None and not tensor.view and _crosses_parts(header):
-            if tensor.memory.is_cuda:
-                torch.cuda.synchronize(tensor.memory.device)  # parts of it are on their way
+            # What is on its way of it comes first: one stream has both.
             self._to_one_place(tensor)
         bounds = [header.chunks.chunk_bounds(index, tensor.record.length) for index in again]
         tensor.left = sum(end - begin for begin, end in bounds)
@@ -373,9 +384,14 @@ class Opener:
 
     def _write(self, tensor: Pending, start: int, data: memoryview) -> None:
         if len(data):
-            place = self._place(tensor, start, start + len(data))
+            self._fresh_place(tensor, start, start + len(data))[:] = data
+
+    def _fresh_place(self, tensor: Pending, start: int, stop: int) -> memoryview:
+        """`_place` of what is written for the first time: there may be no pages yet."""
+        place = self._place(tensor, start, stop)
+        if self._staging is None or tensor.view:  # a slot is page-locked, and has its pages
             populate(place)
-            place[:] = data
+        return place
 
     def _place(self, tensor: Pending, start: int, stop: int) -> memoryview:
         """Host memory of bytes [start, stop): the tensor's own, or of a part that will be sent."""
@@ -390,16 +406,27 @@ class Opener:
             part = tensor.parts[number]
         return part.memory[start - begin : stop - begin]
 
+    def _take_slot(self, staging: Staging, tensor: Pending, start: int, length: int) -> None:
+        """All of a part is in hand: it waits for nobody, and comes together where it is sent from.
+
+        Outside of the tensor's lock: others need it to free their slots.
+        """
+        slot = staging.take()
+        with tensor.lock:
+            part = _Part(slot.numpy().data[:length], slot, length)
+            tensor.parts[start // PART_BYTES] = part
+
     def _new_part(self, staging: Staging, length: int) -> _Part:
+        """For a part that comes bit by bit."""
         slot = staging.take_early()
         if slot is not None:
             return _Part(slot.numpy().data[:length], slot, length)
-        if length < PART_BYTES:
-            return _Part(memoryview(bytearray(length)), None, length)
-        try:
-            return _Part(self._spare.pop(), None, length)
-        except IndexError:
-            return _Part(memoryview(bytearray(length)), None, length)
+        if length == PART_BYTES:
+            with suppress(IndexError):
+                return _Part(self._spare.pop(), None, length)
+        memory = memoryview(bytearray(length))
+        populate(memory)
+        return _Part(memory, None, length)
 
     def _to_one_place(self, tensor: Pending) -> None:
         """Its chunks are not cut as parts are: it goes to the device as a whole."""
@@ -447,8 +474,7 @@ class Opener:
         if self._hashes:
             self._verify(tensor)
         if self._staging is not None:
-            if tensor.view:
-                tensor.memory.copy_(torch.frombuffer(tensor.view, dtype=torch.uint8))
+            self._staging.send_all(tensor.view, tensor.memory)
             tensor.sent = self._staging.sent()
         return True
 
@@ -498,6 +524,11 @@ def _cut(header: TensorHeader) -> tuple[object, ...]:
     assert header.chunks is not None
     count = header.chunks.count
     return count, 0 if count == 1 else header.chunks.chunk_size, header.key_derivation
+
+
+def _is_part(record: TensorRecord, start: int, stop: int) -> bool:
+    """Whether bytes [start, stop) of a tensor are one part of it, and all of that."""
+    return start % PART_BYTES == 0 and stop == min(start + PART_BYTES, record.length)
 
 
 def _crosses_parts(header: TensorHeader) -> bool:

@@ -27,12 +27,13 @@ from tensorserve.loading.opener import Opener, Pending
 from tensorserve.loading.processors import Spare
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.reader import Reader, strip_bytes
+from tensorserve.loading.room import Room
 from tensorserve.loading.schedule import PART_BYTES, Schedule
 from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
 _IDLE_SECONDS = 0.02
-# For a connection that does not help at the moment.
+# For a connection that does not help at the moment, or waits for room.
 _SURPLUS_SECONDS = 0.1
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
@@ -46,16 +47,16 @@ Placement = Callable[[TensorRecord], torch.Tensor | None]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load. ``ahead_bytes`` bounds the host memory for tensors that are not yet taken."""
+    """How to load. ``ahead_bytes`` bounds the host memory: of connections, and of tensors there
+    that are not yet taken or on their way to a device; the ring of a `Staging` comes on top.
+    """
 
     connections: int | None = None
     """None: as many as help."""
     ahead_bytes: int = 1024**3
     verify_hashes: bool = False
-    pinned: bool = False
-    """Page-locked memory, for tensors that go on to a GPU. Not run on a GPU yet."""
     processors: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
-    """That the threads may run on, wherever the caller is bound to."""
+    """That the threads run on, wherever the caller is bound to."""
     headers_sha256: str | None = None
     """Of all of the file's headers in file order, from a manifest."""
     left_out: tuple[TensorRecord, ...] = ()
@@ -76,8 +77,9 @@ class TensorStream:
     `place` may give a tensor's final memory (uint8, contiguous, of the record's length): it is then
     filled there, without a copy and without counting for `ahead_bytes`.
 
-    With `staging`, tensors come on its device, and `place` gives memory there; hashes cannot be
-    verified then. What the consumer asks of the device comes after their arrival.
+    With `staging`, tensors come on its device, and `place` gives memory there. What the consumer
+    asks of the device comes after their arrival. Where hashes are verified, each tensor comes
+    together in host memory first.
     """
 
     def __init__(
@@ -108,11 +110,13 @@ class TensorStream:
         self._place = place
         records = tuple(records)
         direct = not encrypted and staging is None
-        strip = strip_bytes(source.remote, direct)
-        self._memory = HostMemory(options.ahead_bytes // _KEPT, pinned=options.pinned)
+        # On the way to a device a strip is a whole part where it can be: it is opened in the slot
+        # from which it is sent.
+        strip = strip_bytes(source.remote, direct) if staging is None else PART_BYTES
+        self._memory = HostMemory(options.ahead_bytes // _KEPT)
         # With staging, the parts in which its job begins and ends may wait for another's.
         self._connection_bytes = strip + (2 * PART_BYTES if staging is not None else 0)
-        most = max(4, options.ahead_bytes * 3 // 8 // self._connection_bytes)
+        most = max(4, self._for_connections() // self._connection_bytes)
         self._connections = _connections(source, options, progress, most)
         self._schedule: Schedule[Pending] = Schedule(
             records,
@@ -132,8 +136,14 @@ class TensorStream:
             finished=self._finished,
         )
         self._order: SimpleQueue[Pending | None] = SimpleQueue()
-        self._free = threading.Condition()
-        self._ahead = 0
+        self._changed = threading.Condition()
+        """There may be room, or nothing more to do: `_changes` has grown."""
+        self._changes = 0
+        self._host, self._device = Room(), Room()
+        self._next_place: tuple[TensorRecord, torch.Tensor | None] | None = None
+        """Of a tensor for which there is no room yet."""
+        self._hungry = False
+        """Whether the consumer waits for a tensor that is on its way."""
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._left = len(records)
@@ -172,8 +182,11 @@ class TensorStream:
             if pending is None:
                 self._raise()
                 continue
-            while not pending.done.wait(0.1):
+            while not pending.done.is_set():
+                self._hungry = True
+                pending.done.wait(0.1)
                 self._raise()
+            self._hungry = False
             self._raise()
             self._left -= 1
             if not self._left:
@@ -186,7 +199,7 @@ class TensorStream:
             del pending
             yield record, tensor
             del tensor
-            self._release(budget)
+            self._release(self._host if self._staging is None else self._device, budget)
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -228,8 +241,7 @@ class TensorStream:
         self._reader.stop()
         if self._staging is not None:
             self._staging.stop()
-        with self._free:
-            self._free.notify_all()
+        self._tell(everybody=True)
 
     def _staff(self) -> None:
         while self._staffed < self._connections.target and not self._stopped.is_set():
@@ -250,7 +262,12 @@ class TensorStream:
             if number >= self._connections.target:
                 self._stopped.wait(_SURPLUS_SECONDS)
                 continue
-            job = self._schedule.claim(self._connections.target) or self._schedule.steal()
+            seen = self._changes
+            job = self._schedule.claim(self._connections.target)
+            if job is not None:
+                self._tell()  # there may be room for another one as well
+            elif self._schedule.all_given_out or self._hungry:
+                job = self._schedule.steal()
             if job is not None:
                 try:
                     self._reader.do(job)
@@ -258,51 +275,98 @@ class TensorStream:
                     self._schedule.end(job)
                 self._source.passed(min(self._schedule.low_water(), self._source.size))
             elif not self._reader.help():
-                self._stopped.wait(_IDLE_SECONDS)
+                self._wait(seen)
 
-    def _admit(self, record: TensorRecord, wait: bool) -> Pending | None:
-        """Set a tensor up; where there is no room, wait for it or give None.
+    def _wait(self, seen: int) -> None:
+        """Until something has changed since `seen`, or there may be something to steal."""
+        left = self._schedule.all_given_out or self._hungry
+        with self._changed:
+            if self._changes == seen and not self._stopped.is_set():
+                self._changed.wait(_IDLE_SECONDS if left else _SURPLUS_SECONDS)
 
-        Every tensor admitted before is given out to its end by the time that somebody waits, so the
-        consumer can always take one and make room. Where nothing is ahead, any size is let in.
+    def _tell(self, *, everybody: bool = False) -> None:
+        """One thread that waits, which tells the next where it finds something to do, or all."""
+        with self._changed:
+            self._changes += 1
+            if everybody:
+                self._changed.notify_all()
+            else:
+                self._changed.notify()
+
+    def _admit(self, record: TensorRecord) -> Pending | None:
+        """Set a tensor up; None where there is no room.
+
+        Every tensor admitted before is given out to its end by then, so the consumer can always
+        take one and make room. Where nothing is ahead, any size is let in.
         """
-        memory = self._place(record)
-        budget = record.length if memory is None else 0
-        with self._free:
-            while (
-                budget
-                and self._ahead
-                and self._ahead + budget > self._room()
-                and not self._stopped.is_set()
-            ):
-                if not wait:
-                    return None
-                self._free.wait()
-            self._ahead += budget
+        if self._next_place is None or self._next_place[0] is not record:
+            self._next_place = record, self._place(record)
+        memory = self._next_place[1]
+        staging = self._staging
+        gathered = staging is not None and self._opener.gathers(record)
+        ahead = record.length if memory is None else 0
+        host = record.length if gathered else ahead if staging is None else 0
+        device = ahead if staging is not None else 0
+        with self._changed:
+            if not self._fits(host, device):
+                return None
+            self._host.take(host)
+            self._device.take(device)
+        self._next_place = None
         if memory is None:
-            take = self._memory.take if self._staging is None else self._staging.memory
+            take = self._memory.take if staging is None else staging.memory
             memory = take(record.length)
-        here = record.length and self._staging is None
-        view = memory.numpy().data if here else memoryview(bytearray())
-        pending = Pending(record, memory, view, budget)
+        view = memoryview(bytearray())
+        if record.length and (gathered or staging is None):
+            view = (self._memory.take(record.length) if gathered else memory).numpy().data
+        pending = Pending(record, memory, view, ahead, record.length if gathered else 0)
         self._order.put(pending)
         return pending
 
+    def _fits(self, host: int, device: int) -> bool:
+        limit = self._staging.ahead_bytes if self._staging is not None else 0
+        return self._host.fits(host, self._host_room()) and self._device.fits(device, limit)
+
     def _room(self) -> int:
-        """Bytes for tensors on their way: what the connections leave, at least half."""
+        """Bytes for tensors on their way."""
+        if self._staging is None:
+            return self._host_room()
+        if self._options.verify_hashes:
+            return min(self._host_room(), self._staging.ahead_bytes)
+        return self._staging.ahead_bytes
+
+    def _host_room(self) -> int:
+        """Of the host's memory what the connections leave, at least half."""
         limit = self._options.ahead_bytes
         connections = self._connections.after_next_step * self._connection_bytes
         return max(limit // 2, limit - limit // _KEPT - connections)
 
-    def _release(self, budget: int) -> None:
-        with self._free:
-            self._ahead -= budget
-            self._free.notify_all()
+    def _for_connections(self) -> int:
+        """Bytes of host memory that they may take, all together."""
+        limit, staging = self._options.ahead_bytes, self._staging
+        if staging is None or self._options.verify_hashes:
+            return limit * 3 // 8
+        # No tensors are in it. And half of the ring is for parts that come bit by bit.
+        return limit - limit // _KEPT + staging.ring_bytes // 2
+
+    def _release(self, room: Room, count: int) -> None:
+        if not count:
+            return
+        with self._changed:
+            room.give_back(count)
+        if not self._schedule.all_given_out:
+            self._tell()
 
     def _finished(self, tensor: Pending) -> None:
-        with self._free:
+        if self._staging is not None:
+            tensor.view = memoryview(b"")  # all of it is sent
+        with self._changed:
             self._to_open -= 1
+            last = not self._to_open
         tensor.done.set()
+        self._release(self._host, tensor.gathered)
+        if last:
+            self._tell(everybody=True)
 
 
 def _connections(
@@ -313,8 +377,8 @@ def _connections(
     if source.remote:
         start, most = min(remote_start(len(options.processors)), most), min(REMOTE_MOST, most)
     else:
-        start = len(options.processors)
-        most = 4 * start
+        start = min(len(options.processors), most)
+        most = min(4 * start, most)
     spare = Spare(options.processors)
     return Connections(start, most, progress.received_bytes, spare=spare)
 

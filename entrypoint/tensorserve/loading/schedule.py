@@ -95,17 +95,18 @@ class Job(Generic[Target]):
 class Schedule(Generic[Target]):
     """Gives out jobs. Thread-safe.
 
-    `admit(record, wait)` makes of a tensor, in file order, what the pieces name as their target;
-    where there is no room for it, it waits or gives None. `room()`: bytes that all jobs together
-    may have on their way at the moment; beyond that `admit` would wait. `aligned`: jobs end at
-    multiples of their size in the file, else where a span ends. `strip_bytes`: the most that is
-    received at once, `placed_bytes` of a tensor's own bytes alone.
+    `admit(record)` makes of a tensor, in file order, what the pieces name as their target; None
+    where there is no room for it yet. It must not wait: nobody else could claim or steal
+    meanwhile. `room()`: bytes that all jobs together may have on their way at the moment; beyond
+    that `admit` gives None. `aligned`: jobs end at multiples of their size in the file, else where
+    a span ends. `strip_bytes`: the most that is received at once, `placed_bytes` of a tensor's own
+    bytes alone.
     """
 
     def __init__(
         self,
         records: Iterable[TensorRecord],
-        admit: Callable[[TensorRecord, bool], Target | None],
+        admit: Callable[[TensorRecord], Target | None],
         room: Callable[[], int] = lambda: END,
         *,
         aligned: bool = False,
@@ -131,7 +132,10 @@ class Schedule(Generic[Target]):
         """Of the first byte that no job has."""
 
     def claim(self, connections: int) -> Job[Target] | None:
-        """The next job where `connections` share the work; None when all is given out."""
+        """The next job where `connections` share the work.
+
+        None when all is given out, or where there is no room for what comes next.
+        """
         with self._claiming:
             # At the end each connection gets its share, so that none is left alone with a long job.
             # And all of them have to fit into the memory.
@@ -144,6 +148,11 @@ class Schedule(Generic[Target]):
                 self._running.append(job)
                 self._position = self._next_position(spans)
             return job
+
+    @property
+    def all_given_out(self) -> bool:
+        """Whether no more jobs can be claimed, whatever the room."""
+        return not self._todo
 
     def steal(self) -> Job[Target] | None:
         """The last spans of a job that has not come to them: half of what the longest has left."""
@@ -207,7 +216,7 @@ class Schedule(Generic[Target]):
         return spans[-1].offset + spans[-1].length
 
     def _cut(self, size: int) -> list[Span[Target]]:
-        """The next `size` bytes or so. Waits for room where not even the first tensor has any."""
+        """The next `size` bytes or so; none where not even the first tensor has room."""
         spans: list[Span[Target]] = []
         limit = END
         while self._todo:
@@ -217,8 +226,7 @@ class Schedule(Generic[Target]):
                 gap = record.header_offset - position if spans else 0
                 if gap > _GAP:
                     break
-                # Not for a second one: it may need the memory of the first, which is in this job.
-                self._target = self._admit(record, not spans)
+                self._target = self._admit(record)
                 if self._target is None:
                     break
                 if gap:

@@ -33,7 +33,7 @@ def records(*sizes: int, gaps: Sequence[int] = (), at: int = 1000) -> list[Tenso
 
 
 def schedule(of: Iterable[TensorRecord], *, aligned: bool = False) -> Schedule[TensorRecord]:
-    return Schedule(of, lambda record, _: record, aligned=aligned)
+    return Schedule(of, lambda record: record, aligned=aligned)
 
 
 def jobs_of(one: Schedule[TensorRecord], connections: int = 1) -> list[Job[TensorRecord]]:
@@ -102,16 +102,22 @@ def test_requests_end_where_object_stores_cut(connections: int) -> None:
 
 def test_what_has_no_room_yet_waits_for_its_own_job() -> None:
     """Its job must not hold the end of a tensor whose memory it needs."""
-    asked: list[tuple[str, bool]] = []
+    asked: list[str] = []
+    room = False
 
-    def admit(record: TensorRecord, wait: bool) -> TensorRecord | None:
-        asked.append((record.name, wait))
-        return record if wait else None
+    def admit(record: TensorRecord) -> TensorRecord | None:
+        asked.append(record.name)
+        return record if room or record.name == "t0" else None
 
     one = Schedule(records(3 * MIB, MIB // 2), admit, aligned=True)
-    jobs = jobs_of(one)
+    first = one.claim(1)
+    assert first is not None
+    assert (one.claim(1), one.all_given_out) == (None, False)  # nobody is held up by it
+    room = True
+    jobs = [first, *jobs_of(one)]
     assert [{name for name, *_ in covered([job])} for job in jobs] == [{"t0"}, {"t1"}]
-    assert asked == [("t0", True), ("t1", False), ("t1", True)]
+    assert asked == ["t0", "t1", "t1", "t1"]
+    assert one.all_given_out
 
 
 def test_from_a_file_no_chunk_is_cut() -> None:
@@ -145,7 +151,7 @@ def test_jobs_get_shorter_towards_the_end() -> None:
 def test_where_memory_is_scarce_jobs_are_shorter(room: int, expected: int) -> None:
     """Eight connections: what has arrived waits for what stands before it, and takes room, too."""
     of = records(100 * 8 * MIB, at=8 * MIB)
-    one = Schedule(of, lambda record, _: record, lambda: room, aligned=True)
+    one = Schedule(of, lambda record: record, lambda: room, aligned=True)
     job = one.claim(8)
     assert job is not None
     assert sum(span.length for span in job.spans) == expected

@@ -1,0 +1,109 @@
+"""How much host memory is there, and how much of it does a load take?
+
+What is available is looked at once, before the start; all of the start's processes get the limit
+that follows from it. Ranks share it, and what is fetched ahead for them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tensorserve.settings import Settings
+
+_MIB = 1024**2
+_GIB = 1024**3
+# Limit, use, and pages of files that the kernel takes back by itself, of version 2 and of version 1
+# of control groups (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
+_GROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+# Of a rank: a ring of 64 slots of 2 MiB, and 6 MiB for each of some 140 connections, which is what
+# 100 Gbit/s need at S3's 90 MB/s for each. Beyond that memory only makes more wait.
+_RANK_BYTES = _GIB
+# The ring, and some 60 connections.
+_RANK_LEAST = 512 * _MIB
+# For all ranks: as many connections with blocks of 8 MiB, and three times as many that are there.
+_FETCHED_BYTES = 4 * _GIB
+# What is fetched ahead gets at least that part of the limit, (numerator, denominator).
+_FETCHED_PART = 3, 8
+# What a start leaves to others of what is available.
+_PART, _LEAST_PART = 4, 2
+# Less reads no model (`TENSORSERVE_HOST_MEMORY_LIMIT` accepts no less).
+_LEAST = 64 * _MIB
+
+
+def available_host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes still to be had: the machine's, or what the control group's limit leaves if less.
+
+    Of a control group's use, pages of files that were not used lately are no use: the kernel takes
+    them back first. None where nothing is known.
+    """
+    available = None
+    try:
+        info = (root / "proc/meminfo").read_text()
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", info, re.MULTILINE):
+            available = int(found[1]) * 1024
+    except OSError:
+        pass  # the control group may still say something
+    for limit_name, used_name, files_name in _GROUPS:
+        group = root / "sys/fs/cgroup"
+        try:
+            limit = (group / limit_name).read_text().strip()
+            used = int((group / used_name).read_text())
+        except (OSError, ValueError):
+            continue  # another version of control groups, or none of our own
+        if limit.isdecimal():
+            used -= min(used, _counted((group / used_name).with_name("memory.stat"), files_name))
+            left = max(0, int(limit) - used)
+            available = left if available is None else min(left, available)
+    return available
+
+
+def automatic_limit(
+    available: int | None, ranks: int, *, held: int = 0, fetches: bool = False
+) -> int:
+    """Bytes of host memory for the loads of all `ranks` of this machine, where the user says none.
+
+    `available`: what there is; None: not known, then what a load makes use of. `held`: bytes of it
+    that the model itself will take, where it stays in host memory. `fetches`: whether something is
+    fetched ahead, or for all ranks.
+    """
+    useful = ranks * _RANK_BYTES + fetches * _FETCHED_BYTES
+    if available is None:
+        return useful
+    free = max(0, available - held)
+    least = min(free // _LEAST_PART, ranks * _RANK_LEAST)
+    return max(_LEAST, min(useful, max(free // _PART, least)))
+
+
+def limit_of(settings: Settings) -> int:
+    """Bytes for all ranks of this machine together: the user's, or what the start worked out.
+
+    Where there was none, as for a single command: worked out now, for one rank.
+    """
+    if settings.host_memory_limit is not None:
+        return settings.host_memory_limit
+    return automatic_limit(available_host_memory(), 1)
+
+
+def fetched_bytes(limit: int, ranks: int) -> int:
+    """Bytes of `limit` that may hold what was fetched ahead, or for all ranks.
+
+    Three eighths, or all that `ranks` make no use of.
+    """
+    numerator, denominator = _FETCHED_PART
+    return max(limit * numerator // denominator, limit - ranks * _RANK_BYTES)
+
+
+def _counted(stat: Path, name: str) -> int:
+    try:
+        found = re.search(rf"^{name} (\d+)$", stat.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
