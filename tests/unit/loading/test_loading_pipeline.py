@@ -471,3 +471,39 @@ def test_a_late_header_is_waited_for_with_all_buffers_full(tmp_path: Path) -> No
     ) as stream:
         for record, tensor in stream:
             assert torch.equal(tensor, written[record.name])
+
+
+def test_who_finds_no_room_helps_a_slow_connection_that_holds_all_of_it(tmp_path: Path) -> None:
+    """The consumer waits for the first tensor, and so all others do; its bytes are taken over."""
+    written = {name: torch.randint(0, 256, (16 * MIB,), dtype=torch.uint8) for name in "ab"}
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path), encryption=EncryptionParams(key=KEY))
+    serializer.write_state_dict({name: tensor.clone() for name, tensor in written.items()})
+    serializer.close()
+
+    class FirstIsSlow(MemorySource):
+        slow: int | None = None
+        until = 0
+        taken_over = threading.Event()
+
+        def read_parts(self, offset: int, lengths: Sequence[int], *rest: Any) -> None:
+            if self.slow is None:
+                self.slow, self.until = threading.get_ident(), offset + sum(lengths)
+            elif offset < self.until:
+                self.taken_over.set()
+            super().read_parts(offset, lengths, *rest)
+
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            mine = self.slow == threading.get_ident() and offset < self.until
+            if mine and offset > self.first and not self.taken_over.wait(20):
+                raise SourceUnavailableError("nobody has helped")
+            super().read_into(offset, buffer)
+
+        first = 0
+
+    source = FirstIsSlow(path.read_bytes())
+    source.first = read_index(source).tensors[0].data_offset
+    options = LoadOptions(connections=4, ahead_bytes=MIB)  # a tensor is let in alone
+    found, _ = streamed(source, options, GivenKey(KEY, "test"))
+    assert all(torch.equal(found[name], written[name]) for name in written)
+    assert source.taken_over.is_set()
