@@ -191,11 +191,10 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable(
         "TENSORSERVE_HOST_MEMORY_LIMIT", "host_memory_limit", _memory_limit, None,
-        "Host memory for data on its way to the device, of all ranks on the machine together. "
-        "Automatic: a quarter of what is available at the start (in the container's limit; without "
-        "the weights where they stay in host memory), at most 1GiB for each rank and 4GiB for what "
-        "is fetched ahead, at least 512MiB for each rank where that is no more than half.",
-        "size, at least 64MiB", shown_default="automatic",
+        "Host memory for data on its way to the device, for all ranks of the machine together. "
+        "Automatic: a quarter of what is available at the start within the container's limit, at "
+        "most 1GiB for each rank and 4GiB for what is fetched ahead.",
+        "size, at least 64MiB", shown_default="automatic, a quarter of what is available",
     ),
     Variable(
         "TENSORSERVE_PREFETCH", "prefetch", _choice("auto", "off"), "auto",

@@ -263,7 +263,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         shard = self._start.shard(self._rank)
         options = LoadOptions(
             connections=settings.fetch_connections,
-            ahead_bytes=self._memory_limit() - ring,
+            ahead_bytes=max(0, self._memory_limit() - ring),
             verify_hashes=settings.verify == "hashes",
             processors=self._processors(),
             headers_sha256=shard.headers_sha256,

@@ -8,22 +8,18 @@ import pytest
 
 from tensorserve import preflight
 from tensorserve.errors import ConfigurationError
+from tensorserve.plan import make_plan
+from tensorserve.settings import Settings
+from tensorserve.start import Shard
 
 
 def test_too_little_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """F11: what is needed and what there is."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
-    monkeypatch.setattr(preflight, "_available_host_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: 2_000_000_000)
     with pytest.raises(ConfigurationError, match=r"3\.00 GB, host memory has 2\.00 GB"):
         preflight.check_memory(3_000_000_000)
     assert "1.00 GB of 2.00 GB" in preflight.check_memory(1_000_000_000).found
-
-
-def test_the_machines_own_memory_can_be_read() -> None:
-    """More than nothing, less than a petabyte."""
-    available = preflight._available_host_memory()
-    assert available is not None
-    assert 10**6 < available < 10**15
 
 
 def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +72,55 @@ def test_how_many_machines_hold_the_model(argv: tuple[str, ...], count: int) -> 
     assert preflight.machines(argv) == count
 
 
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ((), 1),
+        (("--tensor-parallel-size", "4"), 4),
+        (("--tensor-parallel-size=4", "-pp=2"), 8),
+        (("--tensor-parallel-size=8", "--pipeline-parallel-size", "2", "--nnodes=2"), 8),
+        (("--tensor-parallel-size=2", "-dp", "4"), 8),
+        (("-dp=16", "-dpl=8"), 8),
+    ],
+)
+def test_how_many_ranks_load_on_this_machine(arguments: tuple[str, ...], count: int) -> None:
+    """Tensor and pipeline parallelism, and replicas."""
+    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m"})
+    assert preflight.ranks_here(make_plan(settings, arguments)) == count
+
+
+@pytest.mark.parametrize(
+    ("environ", "shard", "cpu", "expected"),
+    [
+        ({}, "s3://bucket/m", False, "5.37 GB for 1 rank(s), automatic: 80.00 GB available"),
+        ({}, "/m", False, "1.07 GB for 1 rank(s), automatic: 80.00 GB available"),
+        ({"TENSORSERVE_PREFETCH": "off"}, "s3://bucket/m", False, "1.07 GB for 1 rank(s)"),
+        ({}, "/m", True, "0.50 GB for 1 rank(s)"),
+        ({"TENSORSERVE_HOST_MEMORY_LIMIT": "2GB"}, "/m", True, "2.00 GB, as TENSORSERVE_HOST"),
+    ],
+    ids=["from a network", "from a disk", "nothing ahead", "weights stay", "the user's"],
+)
+def test_the_memory_for_the_load_is_said_and_handed_on(
+    environ: dict[str, str],
+    shard: str,
+    cpu: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU the weights, 79 GB of them, are taken off what is available."""
+    monkeypatch.setattr(preflight, "engine_is_cpu", lambda: cpu)
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: 80 * 10**9)
+    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m", **environ})
+    weights = preflight.Weights((Shard(shard, "1", 10),), 79 * 10**9)
+    found = preflight.check_host_memory(settings, make_plan(settings), weights).found
+    assert found.startswith(expected)
+    assert f"{(weights.host_memory_limit or 0) / 1e9:.2f} GB" in found
+
+
 def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model beyond one machine is not refused on each of several."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
-    monkeypatch.setattr(preflight, "_available_host_memory", lambda: 10**9)
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: 10**9)
     with pytest.raises(ConfigurationError, match=r"1\.80 GB"):
         preflight.check_memory(1_800_000_000)
     assert "0.90 GB of 1.00 GB" in preflight.check_memory(1_800_000_000, 2).found

@@ -32,7 +32,7 @@ def test_defaults_are_those_that_are_documented() -> None:
     settings = Settings.from_environment(URI)
     assert (settings.host, settings.port) == ("0.0.0.0", 8000)
     assert (settings.metrics_host, settings.metrics_port) == ("0.0.0.0", 9400)
-    assert settings.host_memory_limit == 1024**3
+    assert settings.host_memory_limit is None
     assert settings.key is None
     assert settings.engine_restarts == 0
 

@@ -1,6 +1,6 @@
 """What the loader asks of CUDA, on stand-ins for two GPUs; the rank of these tests has the second.
 
-What only a GPU can show is in tests/gpu.
+What only a GPU can show is named in docs/how-it-works.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,163 @@
+"""How much host memory a load takes where nobody has said it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tensorserve import host_memory
+from tensorserve.host_memory import automatic_limit, available_host_memory, fetched_bytes
+from tensorserve.loading.schedule import JOB_BYTES
+from tensorserve.loading.shared import BLOCK_BYTES
+from tensorserve.loading.staging import RING_BYTES
+from tensorserve.prefetching import prefetch_budget
+from tensorserve.settings import Settings
+from tensorserve.start import publish_start, receive_start
+
+MIB = 1024**2
+GIB = 1024**3
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    """A root directory in which the kernel says that 16 GB are available, and `files`."""
+    files = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:   16000000 kB\n", **files}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2 = "sys/fs/cgroup/"
+V1 = "sys/fs/cgroup/memory/"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, 16_384_000_000, id="no group"),
+        pytest.param(
+            {V2 + "memory.max": "max\n", V2 + "memory.current": "5\n"},
+            16_384_000_000,
+            id="a group without a limit",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "2000000000\n", V2 + "memory.current": "500000000\n"},
+            1_500_000_000,
+            id="version 2",
+        ),
+        pytest.param(
+            {
+                V2 + "memory.max": "2000000000\n",
+                V2 + "memory.current": "1900000000\n",
+                V2 + "memory.stat": "file 9\nactive_file 7\ninactive_file 1500000000\n",
+            },
+            1_600_000_000,
+            id="version 2, files that were read once",
+        ),
+        pytest.param(
+            {
+                V1 + "memory.limit_in_bytes": "2000000000\n",
+                V1 + "memory.usage_in_bytes": "1900000000\n",
+                V1 + "memory.stat": "inactive_file 3\ntotal_inactive_file 1000000000\n",
+            },
+            1_100_000_000,
+            id="version 1, files that were read once",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "1000\n", V2 + "memory.current": "5000\n"}, 0, id="over its limit"
+        ),
+        pytest.param(
+            {
+                V2 + "memory.max": "1000\n",
+                V2 + "memory.current": "900\n",
+                V2 + "memory.stat": "inactive_file 5000\n",
+            },
+            1000,
+            id="counted at two moments",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "99000000000\n", V2 + "memory.current": "5\n"},
+            16_384_000_000,
+            id="a limit beyond the machine",
+        ),
+    ],
+)
+def test_what_is_available(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    """The machine's, or what the control group leaves; pages of files that are unused count."""
+    assert available_host_memory(machine(tmp_path, files)) == expected
+
+
+def test_where_nothing_is_known(tmp_path: Path) -> None:
+    """A sandbox that hides it."""
+    assert available_host_memory(tmp_path) is None
+
+
+def test_the_machines_own_memory_can_be_read() -> None:
+    """More than nothing, less than a petabyte."""
+    available = available_host_memory()
+    assert available is not None
+    assert 10**6 < available < 10**15
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_each_rank_gets_a_whole_ring_and_the_link_its_connections(ranks: int) -> None:
+    """On a host made for GPUs: 100 Gbit/s take 140 connections at S3's 90 MB/s for each."""
+    limit = automatic_limit(64 * ranks * GIB, ranks, fetches=True)
+    fetched = fetched_bytes(limit, ranks)
+    assert fetched // BLOCK_BYTES >= 140
+    rank = (limit - fetched) // ranks
+    assert rank // 2 >= RING_BYTES
+    assert rank - RING_BYTES >= 64 * 6 * MIB
+
+
+def test_eight_ranks_of_a_host_with_little_memory_still_have_a_whole_ring() -> None:
+    """Half a GiB for each of them, where that is no more than half of what there is."""
+    limit = automatic_limit(12 * GIB, 8, fetches=True)
+    assert limit == 4 * GIB
+    assert (limit - fetched_bytes(limit, 8)) // 8 // 2 >= RING_BYTES
+
+
+@pytest.mark.parametrize(
+    ("available", "held", "expected"),
+    [
+        (2_000_000_000, 300_000_000, 512 * MIB),  # a container of 2 GB: no more than half
+        (900_000_000, 300_000_000, 300_000_000),
+        (200_000_000, 180_000_000, 64 * MIB),  # what reads a model at all
+        (10**12, 0, GIB),  # no more than is of use
+        (None, 0, GIB),
+    ],
+)
+def test_one_rank_that_fetches_nothing_ahead(
+    available: int | None, held: int, expected: int
+) -> None:
+    """Weights that will stay in host memory are taken off first."""
+    assert automatic_limit(available, 1, held=held) == expected
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(GIB, 384 * MIB), (9 * GIB, 8 * GIB)])
+def test_what_a_rank_makes_no_use_of_is_fetched_ahead(limit: int, expected: int) -> None:
+    """Three eighths are at least."""
+    assert fetched_bytes(limit, 1) == expected
+    assert expected >= JOB_BYTES
+
+
+def test_what_the_user_says_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is available."""
+    monkeypatch.setattr(host_memory, "available_host_memory", lambda: 10**12)
+    environ = {"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_HOST_MEMORY_LIMIT": "256MiB"}
+    settings = Settings.from_environment(environ)
+    assert host_memory.limit_of(settings) == 256 * MIB
+    assert prefetch_budget(settings, 1) == 96 * MIB
+
+
+def test_all_processes_of_a_start_have_the_same_limit() -> None:
+    """It is worked out once: when the ranks look, vLLM has taken some of what there was."""
+    environ = {"TENSORSERVE_MODEL_URI": "/m"}
+    settings = Settings.from_environment(environ)
+    found = receive_start(publish_start(environ, settings, ()))
+    assert found.settings.host_memory_limit is None
+    settings = replace(settings, host_memory_limit=123 * MIB)
+    found = receive_start(publish_start(environ, settings, ()))
+    assert found.settings.host_memory_limit == 123 * MIB
