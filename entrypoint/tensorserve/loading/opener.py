@@ -92,6 +92,10 @@ class Pending:
         self.left = self.record.length + 1
         self.header_left = self.record.header_length
 
+    def hand_over(self) -> None:
+        """Let go of its memory, the consumer's now: a job that goes on may still name it."""
+        self.memory, self.view = torch.empty(0), memoryview(b"")
+
 
 class Opener:
     """Opens the tensors of one file. Thread-safe: parts of a tensor may come in any order."""

@@ -33,8 +33,10 @@ from tensorserve.loading.staging import Staging
 from tensorserve.sources import Source
 
 _IDLE_SECONDS = 0.02
-# For a connection that does not help at the moment, or waits for room.
+# For a connection that does not help at the moment.
 _SURPLUS_SECONDS = 0.1
+# For one that waits for room: it is told when there is some. What is late is not waited for longer.
+_ROOM_SECONDS = 0.5
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
 # Connections that read small pieces at the end of a load.
@@ -182,9 +184,10 @@ class TensorStream:
             if pending is None:
                 self._raise()
                 continue
-            while not pending.done.is_set():
+            if not pending.done.is_set():
                 self._hungry = True
-                pending.done.wait(0.1)
+                self._tell()
+            while not pending.done.wait(0.1):
                 self._raise()
             self._hungry = False
             self._raise()
@@ -196,6 +199,7 @@ class TensorStream:
             record = pending.record
             tensor = _shaped(record, pending.memory)
             budget = pending.budget
+            pending.hand_over()
             del pending
             yield record, tensor
             del tensor
@@ -264,11 +268,10 @@ class TensorStream:
                 continue
             seen = self._changes
             job = self._schedule.claim(self._connections.target)
-            if job is not None:
-                self._tell()  # there may be room for another one as well
-            elif self._schedule.all_given_out or self._hungry:
+            if job is None and (self._schedule.all_given_out or self._hungry):
                 job = self._schedule.steal()
             if job is not None:
+                self._tell()  # there may be something to do for another one as well
                 try:
                     self._reader.do(job)
                 finally:
@@ -282,7 +285,7 @@ class TensorStream:
         left = self._schedule.all_given_out or self._hungry
         with self._changed:
             if self._changes == seen and not self._stopped.is_set():
-                self._changed.wait(_IDLE_SECONDS if left else _SURPLUS_SECONDS)
+                self._changed.wait(_IDLE_SECONDS if left else _ROOM_SECONDS)
 
     def _tell(self, *, everybody: bool = False) -> None:
         """One thread that waits, which tells the next where it finds something to do, or all."""
