@@ -41,7 +41,7 @@ def _pci_address(device: torch.device) -> str | None:
 
 
 def _local_processors(place: Path) -> frozenset[int]:
-    """None where the kernel knows no node: then all processors are listed there."""
+    """Empty where the kernel knows no node: then all processors are listed there."""
     try:
         if int((place / "numa_node").read_text()) < 0:
             return frozenset()

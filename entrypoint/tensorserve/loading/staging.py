@@ -230,6 +230,6 @@ class Staging:
 
 
 def _empty_host_cache() -> None:
-    # Public from torch 2.13 on.
+    # torch 2.13 has a public name for it; earlier ones may have only the private one.
     empty = getattr(torch.accelerator, "empty_host_cache", None)
     (empty or torch._C._host_emptyCache)()
