@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from tensorserve import sources, vllm_flags
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey
+from tensorserve.gpus import Gpus, read_gpus
 from tensorserve.host_memory import automatic_limit, available_host_memory
 from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
@@ -27,6 +28,7 @@ from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
 from tensorserve.prefetching import may_share
+from tensorserve.ranks import Ranks, has_flag, ranks_of
 from tensorserve.secret import redact_uri
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, NotFoundError
@@ -36,6 +38,14 @@ MIB = 1024**2
 # vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.
 SHARED_MEMORY_BYTES = 160 * MIB
 SHARED_MEMORY = Path("/dev/shm")
+# What vLLM's wheels are built with where their version does not say it ("0.32.0+cu129").
+_CUDA = 13
+# The first driver with each CUDA: docs.nvidia.com/deploy/cuda-compatibility.
+_DRIVERS = {12: "R525", 13: "R580"}
+# With these, less than the whole checkpoint stays on the GPUs.
+_SMALLER_ON_GPU = (
+    *("--quantization", "-q", "--cpu-offload-gb", "--offload-group-size", "--offload-backend"),
+)
 # Event log, configuration and tokenizer of large models.
 STATE_BYTES = 64 * MIB
 
@@ -63,13 +73,17 @@ def run_checks(
     settings: Settings, plan: LaunchPlan, weights: Weights, observer: FetchObserver | None = None
 ) -> Iterator[Passed]:
     """Run every check in order; the first that fails raises its error. Fills `weights`."""
+    ranks = ranks_of(plan.argv, plan.tensor_parallel_size)
     yield check_vllm()
-    yield check_device()
+    gpus = visible_gpus(dict(plan.environment))
+    yield check_device(gpus, ranks)
     yield check_port("API", plan.host, plan.port)
     yield check_shared_memory()
     yield check_state_dir(settings.state_dir)
     yield from check_source(settings, plan, weights, observer)
-    yield check_memory(weights.data_bytes, machines(plan.argv))
+    yield check_memory(
+        weights.data_bytes, ranks, gpus, whole=not has_flag(plan.argv, *_SMALLER_ON_GPU)
+    )
     yield check_host_memory(settings, plan, weights)
 
 
@@ -89,19 +103,63 @@ def check_vllm() -> Passed:
     return Passed("vLLM", version)
 
 
-def check_device() -> Passed:
-    """The device that the installed vLLM needs is there."""
+def visible_gpus(environ: Mapping[str, str]) -> Gpus | None:
+    """The GPUs that an engine with `environ` will see; None on the CPU build, or where nobody says.
+
+    Raises ConfigurationError where there is none, or its driver's library cannot be used.
+    """
     if engine_is_cpu():
-        return Passed("device", f"CPU, {len(os.sched_getaffinity(0))} cores")
-    gpus = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
+        return None
+    there = any(re.fullmatch(r"nvidia\d+", path.name) for path in Path("/dev").glob("nvidia*"))
     # Windows' Linux subsystem shows its GPUs through one device of another name.
-    if not gpus and not Path("/dev/dxg").exists():
+    if not there and not Path("/dev/dxg").exists():
         raise ConfigurationError(
             "No GPU is visible, and the installed vLLM is the CUDA build.",
             hint="Start the container with `--gpus all` (NVIDIA's container toolkit on the host), "
             "or use the cpu image.",
         )
-    return Passed("device", f"{len(gpus) or 1} GPU device(s)")
+    return read_gpus(environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def check_device(gpus: Gpus | None, ranks: Ranks) -> Passed:
+    """There is a device for each rank on this machine, with a driver that carries vLLM's CUDA."""
+    if engine_is_cpu():
+        return Passed("device", f"CPU, {len(os.sched_getaffinity(0))} cores")
+    if gpus is None:
+        return Passed("device", "GPU; NVML is not here to say which")
+    _check_driver(gpus)
+    seen = len(gpus.visible)
+    # Ray may put them all elsewhere.
+    wanted = 0 if ranks.here is None else ranks.here
+    if seen < wanted:
+        hidden = gpus.present > seen
+        raise ConfigurationError(
+            f"{wanted} {'rank is' if wanted == 1 else 'ranks are'} to run on this machine, and "
+            f"{_of_gpus(seen)} visible"
+            + (f" ({gpus.present} without CUDA_VISIBLE_DEVICES)." if hidden else "."),
+            hint="Each rank takes a GPU. Give the container more of them (`--gpus`, "
+            "CUDA_VISIBLE_DEVICES), or set TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE and the other "
+            "parallel sizes lower.",
+        )
+    used = ", ".join([f"{wanted} of {seen} GPUs", *(gpu.name for gpu in gpus.visible[:1])])
+    return Passed("device", used + (f", driver {gpus.driver}" if gpus.driver else ""))
+
+
+def _check_driver(gpus: Gpus) -> None:
+    built = re.search(r"\+cu(\d+)\d$", _vllm_version())
+    needed = int(built[1]) if built else _CUDA
+    if gpus.cuda is not None and gpus.cuda < needed * 1000:
+        carried = f"{gpus.cuda // 1000}.{gpus.cuda % 1000 // 10}"
+        raise ConfigurationError(
+            f"The NVIDIA driver {gpus.driver or ''} carries CUDA {carried}; the installed vLLM "
+            f"needs CUDA {needed}.".replace("  ", " "),
+            hint=f"Install driver {_DRIVERS.get(needed, 'of a later release')} or later on the "
+            "host, and restart it. `nvidia-smi` shows the driver and its CUDA.",
+        )
+
+
+def _of_gpus(count: int) -> str:
+    return "1 GPU is" if count == 1 else f"{count} GPUs are"
 
 
 def check_port(what: str, host: str, port: int) -> Passed:
@@ -268,23 +326,66 @@ def check_config(bundle_uri: str, access: Access) -> None:
         ) from error
 
 
-def check_memory(data_bytes: int, machine_count: int = 1) -> Passed:
-    """The weights fit into the memory of the devices that will hold them; each machine a part."""
+def check_memory(
+    data_bytes: int, ranks: Ranks | None = None, gpus: Gpus | None = None, *, whole: bool = True
+) -> Passed:
+    """The weights fit into the memory of the devices that will hold them; each rank a part.
+
+    `whole` is False where vLLM itself makes them smaller, or leaves a part in host memory.
+    """
+    ranks = ranks or Ranks()
     if engine_is_cpu():
-        available, where = available_host_memory(), "host memory"
-    else:
-        available, where = _total_device_memory(), "the GPUs' memory"
+        return _check_on_host(data_bytes, ranks)
+    if gpus is None:
+        return Passed("memory", "not known")
+    share = ranks.part(data_bytes)
+    which = "The weights are" if ranks.parts == 1 else f"A rank's part of {ranks.parts} is"
+    used = gpus.visible[: 1 if ranks.here is None else ranks.here]
+    if any(gpu.unified for gpu in used):
+        return _check_on_host(data_bytes, ranks)
+    for gpu in used:
+        if whole and gpu.total is not None and share > gpu.total:
+            raise ConfigurationError(
+                f"{which} {share / 1e9:.2f} GB, {gpu.name} has {gpu.total / 1e9:.2f} GB.",
+                hint="Use a larger GPU, a smaller or quantized model, or more GPUs with "
+                "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE.",
+            )
+        if whole and gpu.total is not None and gpu.free is not None and share > gpu.free:
+            raise ConfigurationError(
+                f"{which} {share / 1e9:.2f} GB, {gpu.name} has {gpu.free / 1e9:.2f} GB free of "
+                f"{gpu.total / 1e9:.2f} GB.",
+                hint="Another process holds the rest: `nvidia-smi` on the host shows it. Stop it, "
+                "or choose another GPU with CUDA_VISIBLE_DEVICES.",
+            )
+    known = [gpu for gpu in used if gpu.total is not None and gpu.free is not None]
+    if not known:
+        return Passed("memory", f"not known ({used[0].trouble})" if used else "not known")
+    least = min(known, key=lambda gpu: gpu.free or 0)
+    of = "" if ranks.parts == 1 else " for each rank"
+    return Passed(
+        "memory",
+        f"{share / 1e9:.2f} GB{of}, {least.name} has {(least.free or 0) / 1e9:.2f} GB free of "
+        f"{(least.total or 0) / 1e9:.2f} GB",
+    )
+
+
+def _check_on_host(data_bytes: int, ranks: Ranks) -> Passed:
+    available = available_host_memory()
     if available is None:
         return Passed("memory", "not known")
-    share = data_bytes // machine_count
-    which = "The weights are" if machine_count == 1 else "This machine's part of the weights is"
+    # Each data-parallel replica on this machine has the weights for itself.
+    share = (
+        data_bytes // ranks.machines if ranks.here is None else ranks.part(data_bytes) * ranks.here
+    )
+    which = "The weights are" if share == data_bytes else "This machine's part of the weights is"
+    if share > data_bytes:
+        which = f"The weights of {ranks.here} ranks are"
     if share > available:
         raise ConfigurationError(
-            f"{which} {share / 1e9:.2f} GB, {where} has {available / 1e9:.2f} GB.",
-            hint="Use a larger machine, a smaller or quantized model, or more GPUs with "
-            "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE.",
+            f"{which} {share / 1e9:.2f} GB, host memory has {available / 1e9:.2f} GB.",
+            hint="Use a larger machine, a smaller or quantized model, or more machines.",
         )
-    return Passed("memory", f"{share / 1e9:.2f} GB of {available / 1e9:.2f} GB in {where}")
+    return Passed("memory", f"{share / 1e9:.2f} GB of {available / 1e9:.2f} GB in host memory")
 
 
 def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) -> Passed:
@@ -293,38 +394,15 @@ def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) ->
     if limit is not None:
         weights.host_memory_limit = limit
         return Passed(name, f"{limit / 1e9:.2f} GB, as TENSORSERVE_HOST_MEMORY_LIMIT says")
-    ranks, available = ranks_here(plan), available_host_memory()
-    fetches = may_share(weights.shards) and (settings.prefetch != "off" or ranks > 1)
-    held = weights.data_bytes // machines(plan.argv) if engine_is_cpu() else 0
-    limit = automatic_limit(available, ranks, held=held, fetches=fetches)
+    ranks, available = ranks_of(plan.argv, plan.tensor_parallel_size), available_host_memory()
+    # Where Ray places them, nobody knows yet.
+    here = max(1, ranks.parts // ranks.machines) if ranks.here is None else ranks.here
+    fetches = may_share(weights.shards) and (settings.prefetch != "off" or here > 1)
+    held = ranks.part(weights.data_bytes) * here if engine_is_cpu() else 0
+    limit = automatic_limit(available, here, held=held, fetches=fetches)
     weights.host_memory_limit = limit
     known = "not known how much is" if available is None else f"{available / 1e9:.2f} GB"
-    return Passed(name, f"{limit / 1e9:.2f} GB for {ranks} rank(s), automatic: {known} available")
-
-
-def machines(argv: tuple[str, ...]) -> int:
-    """How many machines hold the model together: vLLM's --nnodes, 1 without it."""
-    return _number_in(argv, "--nnodes") or 1
-
-
-def ranks_here(plan: LaunchPlan) -> int:
-    """How many of vLLM's workers load weights on this machine."""
-    argv = plan.argv
-    replica = plan.tensor_parallel_size * (_number_in(argv, "--pipeline-parallel-size", "-pp") or 1)
-    if local := _number_in(argv, "--data-parallel-size-local", "-dpl"):
-        return replica * local
-    replicas = _number_in(argv, "--data-parallel-size", "-dp") or 1
-    return max(1, replica * replicas // machines(argv))
-
-
-def _number_in(argv: tuple[str, ...], *names: str) -> int | None:
-    """The whole number that a flag has, by any of its `names`; the last one counts."""
-    count = ""
-    for number, word in enumerate(argv):
-        name, _, value = word.partition("=")
-        if name in names:
-            count = value or (argv[number + 1] if number + 1 < len(argv) else "")
-    return max(1, int(count)) if count.isdecimal() else None
+    return Passed(name, f"{limit / 1e9:.2f} GB for {here} rank(s), automatic: {known} available")
 
 
 def _first_shard(
@@ -363,20 +441,3 @@ def _vllm_version() -> str:
         raise ConfigurationError(
             "vLLM is not installed.", hint=f"pip install vllm=={vllm_flags.VLLM_VERSION}"
         ) from error
-
-
-def _total_device_memory() -> int | None:
-    """Bytes of all visible GPUs together, from NVIDIA's management library (no CUDA context)."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except (ImportError, OSError):
-        return None
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
-    finally:
-        pynvml.nvmlShutdown()

@@ -31,7 +31,9 @@ from tensorserve.preflight import (
     check_source,
     check_vllm,
     check_weights,
+    visible_gpus,
 )
+from tensorserve.ranks import Ranks
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
 from tensorserve.start import Start, publish_start, receive_start
 from tensorserve.tensorizer_options import REFERENCE, environment_for
@@ -82,11 +84,14 @@ def llm_kwargs(
     # What else LLM() is given, it alone knows.
     plan = replace(make_plan(read), tensor_parallel_size=tensor_parallel_size, engine=())
     check_vllm()
-    check_device()
+    ranks = Ranks(tensor_parallel_size, tensor_parallel_size)
+    gpus = visible_gpus(given)
+    check_device(gpus, ranks)
     weights = Weights()
     for _ in check_source(read, plan, weights, None):
         pass
-    check_memory(weights.data_bytes)
+    # LLM() may be told to quantize them, or to leave a part in host memory.
+    check_memory(weights.data_bytes, ranks, gpus, whole=False)
     check_host_memory(read, plan, weights)
     read = replace(read, host_memory_limit=weights.host_memory_limit)
     fetch_artifacts(plan.bundle_uri, access_for(read), plan.model_dir, weights.manifest)

@@ -9,6 +9,7 @@ import pytest
 from tensorserve import preflight
 from tensorserve.errors import ConfigurationError
 from tensorserve.plan import make_plan
+from tensorserve.ranks import Ranks
 from tensorserve.settings import Settings
 from tensorserve.start import Shard
 
@@ -59,37 +60,6 @@ def test_an_address_that_is_not_ours_is_said_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "count"),
-    [
-        (("serve", "--nnodes=3"), 3),
-        (("serve", "--nnodes", "2", "--x"), 2),
-        (("serve",), 1),
-        (("serve", "--nnodes"), 1),
-    ],
-)
-def test_how_many_machines_hold_the_model(argv: tuple[str, ...], count: int) -> None:
-    """As vLLM's own flag says."""
-    assert preflight.machines(argv) == count
-
-
-@pytest.mark.parametrize(
-    ("arguments", "count"),
-    [
-        ((), 1),
-        (("--tensor-parallel-size", "4"), 4),
-        (("--tensor-parallel-size=4", "-pp=2"), 8),
-        (("--tensor-parallel-size=8", "--pipeline-parallel-size", "2", "--nnodes=2"), 8),
-        (("--tensor-parallel-size=2", "-dp", "4"), 8),
-        (("-dp=16", "-dpl=8"), 8),
-    ],
-)
-def test_how_many_ranks_load_on_this_machine(arguments: tuple[str, ...], count: int) -> None:
-    """Tensor and pipeline parallelism, and replicas."""
-    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m"})
-    assert preflight.ranks_here(make_plan(settings, arguments)) == count
-
-
-@pytest.mark.parametrize(
     ("environ", "shard", "cpu", "expected"),
     [
         ({}, "s3://bucket/m", False, "5.37 GB for 1 rank(s), automatic: 80.00 GB available"),
@@ -123,4 +93,15 @@ def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preflight, "available_host_memory", lambda: 10**9)
     with pytest.raises(ConfigurationError, match=r"1\.80 GB"):
         preflight.check_memory(1_800_000_000)
-    assert "0.90 GB of 1.00 GB" in preflight.check_memory(1_800_000_000, 2).found
+    said = preflight.check_memory(1_800_000_000, Ranks(2, 1, 2)).found
+    assert "0.90 GB of 1.00 GB" in said
+    by_ray = Ranks(2, None, 2)
+    assert preflight.check_memory(1_800_000_000, by_ray).found == said
+
+
+def test_each_replica_holds_the_weights_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two data-parallel engines on one machine need them twice."""
+    monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
+    monkeypatch.setattr(preflight, "available_host_memory", lambda: 10**9)
+    with pytest.raises(ConfigurationError, match=r"weights of 2 ranks are 1\.20 GB"):
+        preflight.check_memory(600_000_000, Ranks(1, 2))
