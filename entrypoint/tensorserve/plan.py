@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tensorserve import sources, vllm_flags
+from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
 from tensorserve.manifest import SHARDS, SINGLE
 from tensorserve.secret import Secret, redact_uri
@@ -75,6 +76,7 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         if name not in given.names:
             argv += words
     argv += given.plain
+    draft_of(tuple(argv))  # raises for what vLLM could not read
     secret_flags = dict(settings.secret_flags) | dict(given.secrets)
 
     def wish(name: str) -> str | None:

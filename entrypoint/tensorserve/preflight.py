@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tensorserve import sources, vllm_flags
+from tensorserve.drafts import Draft, check_draft, draft_of
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey
@@ -64,6 +65,8 @@ class Weights:
 
     shards: tuple[Shard, ...] = ()
     data_bytes: int = 0
+    draft_bytes: int = 0
+    """Of a draft model with files of its own."""
     manifest: Manifest | None = None
     host_memory_limit: int | None = None
     """Bytes; filled by `check_host_memory`."""
@@ -77,12 +80,21 @@ def run_checks(
     yield check_vllm()
     gpus = visible_gpus(dict(plan.environment))
     yield check_device(gpus, ranks)
+    draft = draft_of(plan.argv)
+    if draft is not None:
+        where, weights.draft_bytes = check_draft(draft, settings.model_uri, dict(plan.environment))
+        yield Passed("draft", where)
     yield check_port("API", plan.host, plan.port)
     yield check_shared_memory()
     yield check_state_dir(settings.state_dir)
     yield from check_source(settings, plan, weights, observer)
+    if draft is not None:
+        check_draft_layout(draft, weights)
     yield check_memory(
-        weights.data_bytes, ranks, gpus, whole=not has_flag(plan.argv, *_SMALLER_ON_GPU)
+        weights.data_bytes + weights.draft_bytes,
+        ranks,
+        gpus,
+        whole=not has_flag(plan.argv, *_SMALLER_ON_GPU),
     )
     yield check_host_memory(settings, plan, weights)
 
@@ -311,6 +323,15 @@ def check_engine(fingerprint: Fingerprint, plan: LaunchPlan) -> None:
         "tensor_parallel_size": plan.tensor_parallel_size,
     }
     check_fingerprint(fingerprint, here)
+
+
+def check_draft_layout(draft: Draft, weights: Weights) -> None:
+    """A draft that is part of the model is in the bundle, where that holds a checkpoint."""
+    if draft.model is None and any(shard.fingerprint for shard in weights.shards):
+        raise ConfigurationError(
+            f"The bundle is in vLLM's own layout, without what {draft.method!r} drafts with.",
+            hint="Pack the checkpoint without --layout vllm: such a bundle holds all of it.",
+        )
 
 
 def check_config(bundle_uri: str, access: Access) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_tp_group,
@@ -28,7 +30,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tensorserve.errors import TensorserveError
+from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.host_memory import limit_of
@@ -56,6 +58,12 @@ from tensorserve.vllm_model import (
     unfit,
     untie,
 )
+from tensorserve.vllm_other_models import (
+    beside_the_checkpoint,
+    is_a_draft,
+    is_the_bundles,
+    load_other,
+)
 
 if TYPE_CHECKING:
     from tensorserve.loading.reference import ReferenceStream
@@ -78,6 +86,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             EventLog(events_path(self._started.settings.state_dir)) if self._started else None
         )
         self._rank = 0
+        self._number = 0
+        """Of this process among all that load, for the event log; `_rank` is that of its file."""
         self._ranks_here = 1
         self._numa_bound = False
         self._shares = False
@@ -90,13 +100,26 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """The module with its weights, processed for this device's kernels."""
+        """The module with its weights, processed for this device's kernels.
+
+        vLLM also asks for models that are not the bundle's: those come from their own directories.
+        """
         self._rank = get_tensor_model_parallel_rank()
         parallel = vllm_config.parallel_config
         self._ranks_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         self._numa_bound = parallel.numa_bind
+        ranks = get_tensor_model_parallel_world_size()
         if self._started is None:
-            self._started = own_start(self._options, get_tensor_model_parallel_world_size())
+            self._started = own_start(self._options, ranks)
+        self._number = self._rank + ranks * (
+            get_pp_group().rank_in_group + get_pp_group().world_size * parallel.data_parallel_index
+        )
+        if not is_the_bundles(vllm_config, model_config, self._start.settings.model_uri):
+            # After the model itself: the phases take up the time where it is spent.
+            self._phase("load", "begin")
+            other = load_other(self.load_config, vllm_config, model_config, prefix)
+            self._phase("warmup", "begin")
+            return other
         self._phase("import", "end")
         self._phase("init", "begin")
         try:
@@ -105,11 +128,13 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             if self._start.shard(self._rank).has_head:
                 untie(model_config)
             packed = self._start.shard(self._rank).fingerprint
-            if packed is not None:
+            if is_a_draft(model_config):
+                model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            elif packed is not None:
                 here = engine_fingerprint(vllm_config, model_config)
                 check_fingerprint(Fingerprint.from_json(packed), here.to_json())
                 # Taken before post-processing: the ordinary order, straight into the parameters.
-                model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+                model = super().load_model(vllm_config, model_config, prefix)
             elif device.type != "cpu" and self._in_vllm_layout():
                 model = self._load_processed(vllm_config, model_config, prefix, device)
             else:
@@ -126,16 +151,25 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Fill `model` in place."""
+        if not any(True for _ in model.parameters()):
+            return  # vLLM's extract_hidden_states: a cache, and nothing to fill
         self._phase("init", "end")
         self._phase("load", "begin")
         populate_soon(model, self._start.processors)
         with self._device_errors(), self._open() as opened:
             packed = self._start.shard(self._rank).fingerprint is not None
+            if is_a_draft(model_config) and (packed or is_vllm_layout(opened.index)):
+                raise ConfigurationError(
+                    f"The bundle is in vLLM's own layout, without {type(model).__name__}, which "
+                    "drafts for its model.",
+                    hint="Pack the checkpoint without --layout vllm: such a bundle holds all of "
+                    "it.",
+                )
             # All of what `pack` took from a rank, even what is computed where a checkpoint has it.
             records = list(opened.index.tensors) if packed else loadable(opened.index)
             self._emit(
                 "load_plan",
-                rank=self._rank,
+                rank=self._number,
                 bytes=sum(r.length for r in records),
                 tensors=len(records),
                 loader=self._start.settings.loader,
@@ -150,10 +184,12 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 parameters = ((n, t) for n, t in tensors if n != RANK_MARKER)
                 copy_in_place(model, parameters, once=packed)
             else:
-                fill(self, model, model_config, self._stream(opened, records, self._staging()))
+                tensors = self._stream(opened, records, self._staging())
+                beside = beside_the_checkpoint(self.load_config, model)
+                fill(self, model, model_config, chain(tensors, beside))
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-        self._emit("load_done", rank=self._rank)
+        self._emit("load_done", rank=self._number)
         self._phase("load", "end")
         self._phase("postprocess", "begin")
 
@@ -345,7 +381,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         return Staging(self._device, limit, processors=self._processors())
 
     def _report(self) -> None:
-        self._emit("load_progress", rank=self._rank, **self._progress.snapshot())
+        self._emit("load_progress", rank=self._number, **self._progress.snapshot())
 
     @property
     def _start(self) -> Start:
@@ -357,7 +393,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             self._log.emit(event, **fields)
 
     def _phase(self, phase: str, state: str) -> None:
-        if self._rank == 0:
+        if self._number == 0:
             self._emit("phase", phase=phase, state=state)
 
 
