@@ -12,7 +12,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,6 +71,8 @@ class Pending:
     budget: int  # bytes that it takes of the room for tensors ahead of the consumer
     gathered: int = 0
     """Where it is staged: bytes of host memory in which it comes together as a whole."""
+    header_only: bool = False
+    """Whether nothing but the header is wanted, for the digest of all headers."""
     header: TensorHeader | None = None
     header_bytes: bytearray = field(default_factory=bytearray)
     header_left: int = field(init=False)
@@ -89,7 +91,7 @@ class Pending:
     sent: object | None = None  # where it is staged: what to wait for on the device
 
     def __post_init__(self) -> None:
-        self.left = self.record.length + 1
+        self.left = 1 if self.header_only else self.record.length + 1
         self.header_left = self.record.header_length
 
     def hand_over(self) -> None:
@@ -123,13 +125,9 @@ class Opener:
         # Memory of parts, to be used again: fresh memory costs as much as decryption.
         self._spare: deque[memoryview] = deque()
 
-    def headers_sha256(self, others: Mapping[int, bytes]) -> str:
-        """SHA-256 (hex) of all headers so far and of `others`, {offset: header}, in file order.
-
-        They hold nonces, tags and hashes.
-        """
-        every = {**self._headers, **others}
-        headers = (every[offset] for offset in sorted(every))
+    def headers_sha256(self) -> str:
+        """SHA-256 (hex) of all headers so far, in file order: of nonces, tags and hashes."""
+        headers = (self._headers[offset] for offset in sorted(self._headers))
         return hashlib.sha256(b"".join(headers)).hexdigest()
 
     def check_headers_still(self, connections: int) -> None:
@@ -178,6 +176,8 @@ class Opener:
             header = self._parse(tensor.record, tensor.header_bytes)
         except CorruptError:
             header, _ = self._read_header_again(tensor.record)
+        if tensor.header_only:
+            return True
         with tensor.lock:
             if self._staging is not None and not tensor.view and _crosses_parts(header):
                 self._crosses = True

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -62,7 +62,8 @@ class LoadOptions:
     headers_sha256: str | None = None
     """Of all of the file's headers in file order, from a manifest."""
     left_out: tuple[TensorRecord, ...] = ()
-    """The file's tensors that are not loaded; their headers count for that digest."""
+    """The file's tensors that are not loaded; their headers count for that digest, and are read in
+    passing where it is given."""
 
 
 class TensorStream:
@@ -107,10 +108,16 @@ class TensorStream:
             staging=staging,
         )
         self._options = options
-        self._other_headers: dict[int, bytes] = {}
         self._progress = progress
         self._place = place
         records = tuple(records)
+        # One pass over the file for both: by the same connections, out of the same memory of what
+        # was fetched ahead, which keeps nothing that has gone by.
+        self._header_only: dict[int, TensorRecord] = {}
+        if options.headers_sha256 is not None:
+            self._header_only = {record.header_offset: record for record in options.left_out}
+            headers = [replace(record, length=0) for record in options.left_out]
+            records = tuple(sorted([*records, *headers], key=lambda r: r.header_offset))
         direct = not encrypted and staging is None
         # On the way to a device a strip is a whole part where it can be: it is opened in the slot
         # from which it is sent.
@@ -154,12 +161,6 @@ class TensorStream:
         self._staffed = 0
 
     def __enter__(self) -> TensorStream:
-        if self._options.headers_sha256 is not None:
-            # First: what has gone by is not kept.
-            self._other_headers = {
-                record.header_offset: self._source.read(record.header_offset, record.header_length)
-                for record in self._options.left_out
-            }
         self._staff()
         if self._options.connections is None:
             self._run(self._adapt, "tensorserve-load-adapt")
@@ -194,6 +195,8 @@ class TensorStream:
             self._left -= 1
             if not self._left:
                 self._check_headers()
+            if pending.header_only:
+                continue
             if self._staging is not None:
                 self._staging.join(pending.sent)
             record = pending.record
@@ -216,7 +219,7 @@ class TensorStream:
             if not self._source.pinned:
                 self._opener.check_headers_still(self._options.connections or _AT_ONCE)
             return
-        if self._opener.headers_sha256(self._other_headers) != expected:
+        if self._opener.headers_sha256() != expected:
             raise CorruptError(
                 f"{self._source.name}: the tensors' headers are not those of the manifest.",
                 hint="Tensors were exchanged for others under the same key. Pack it again.",
@@ -272,6 +275,8 @@ class TensorStream:
                 job = self._schedule.steal()
             if job is not None:
                 self._tell()  # there may be something to do for another one as well
+                # Before: what fetches ahead must not wait where a part of the file is left out.
+                self._source.passed(min(self._schedule.low_water(), self._source.size))
                 try:
                     self._reader.do(job)
                 finally:
@@ -302,6 +307,11 @@ class TensorStream:
         Every tensor admitted before is given out to its end by then, so the consumer can always
         take one and make room. Where nothing is ahead, any size is let in.
         """
+        if (left_out := self._header_only.get(record.header_offset)) is not None:
+            nothing = memoryview(bytearray())
+            pending = Pending(left_out, torch.empty(0), nothing, 0, header_only=True)
+            self._order.put(pending)
+            return pending
         if self._next_place is None or self._next_place[0] is not record:
             self._next_place = record, self._place(record)
         memory = self._next_place[1]

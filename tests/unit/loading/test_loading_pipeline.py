@@ -392,6 +392,31 @@ def test_headers_of_tensors_that_are_not_loaded_count_too(encrypted: bytes) -> N
                 list(stream)
 
 
+def test_of_what_is_not_loaded_the_headers_alone_are_read(encrypted: bytes) -> None:
+    """By the connections, one request for each: their data are not fetched, nor read at the end."""
+    source = MemorySource(encrypted)
+    records = read_index(source).tensors
+    wanted = [record for record in records if record.length <= MIB]
+    large = tuple(record for record in records if record.length > MIB)
+    headers = b"".join(encrypted[r.header_offset : r.data_offset] for r in records)
+    source.reads.clear()
+    digest = hashlib.sha256(headers).hexdigest()
+    found = {}
+    with TensorStream(
+        source,
+        wanted,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(headers_sha256=digest, left_out=large, connections=3),
+        progress=LoadProgress(),
+    ) as stream:
+        for record, tensor in stream:
+            found[record.name] = tensor.clone()
+    assert found.keys() == {record.name for record in wanted}
+    assert sum(length for _, length in source.reads) < sum(r.length for r in wanted) + MIB
+    assert len(source.reads) <= len(wanted) + len(large) + 3
+
+
 @pytest.mark.parametrize("chunk", [3 * MIB, 16 * MIB, 64 * 1024])
 def test_chunks_that_are_not_cut_as_our_parts_are(tmp_path: Path, chunk: int) -> None:
     """Of 3 MiB, or one around all: opened when all is there. Smaller ones: many in a part."""

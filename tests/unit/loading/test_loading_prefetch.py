@@ -88,11 +88,12 @@ def encrypted(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPat
     return path.read_bytes()
 
 
-def load(source: PrefetchedSource) -> dict[str, torch.Tensor]:
+def load(source: PrefetchedSource, *names: str) -> dict[str, torch.Tensor]:
+    """All tensors, or those that are named."""
     index = read_index(source)
     with TensorStream(
         source,
-        index.tensors,
+        [record for record in index.tensors if not names or record.name in names],
         encrypted=True,
         key=GivenKey(KEY, "test"),
         options=LoadOptions(connections=4, ahead_bytes=64 * MIB),
@@ -192,6 +193,32 @@ def test_two_ranks_share_what_comes_over_the_network(
     assert same(results[1], tensors)
     assert source.bytes_read == source.size
     assert all(shared.state(n) == 0 for n in range(shared.blocks))
+
+
+def test_ranks_that_skip_a_part_of_the_file_do_not_wait_for_it(
+    encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than what the fetcher may hold: it goes on where the first of them is."""
+    monkeypatch.setattr(prefetch, "_WAIT_SECONDS", 600.0)  # the test would end before it
+    source = CountedSource(encrypted)
+    shared = SharedBlocks.create(len(encrypted), "v1", 2)
+    wanted = ("t0", "t6")
+    with fetching(source, shared, 2 * BLOCK_BYTES):
+        results = {}
+
+        def rank(number: int) -> None:
+            own = PrefetchedSource(source, shared.reopen(), number, LoadProgress())
+            results[number] = load(own, *wanted)
+
+        threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+    assert source.bytes_read < len(encrypted)
+    for loaded in results.values():
+        assert same(loaded, {name: tensors[name] for name in wanted})
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
