@@ -39,6 +39,7 @@ from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_
 from tensorserve.loading.numa import near
 from tensorserve.loading.other_reader import load_failure
 from tensorserve.loading.prefetch import PrefetchedSource
+from tensorserve.loading.schedule import SMALL_BYTES
 from tensorserve.loading.shared import SharedBlocks
 from tensorserve.loading.staging import Staging
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
@@ -64,6 +65,7 @@ from tensorserve.vllm_other_models import (
     is_the_bundles,
     load_other,
 )
+from tensorserve.vllm_ranks import dropped_here
 
 if TYPE_CHECKING:
     from tensorserve.loading.reference import ReferenceStream
@@ -88,6 +90,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._rank = 0
         self._number = 0
         """Of this process among all that load, for the event log; `_rank` is that of its file."""
+        self._balanced = False
         self._ranks_here = 1
         self._numa_bound = False
         self._shares = False
@@ -109,6 +112,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._ranks_here = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         self._numa_bound = parallel.numa_bind
         ranks = get_tensor_model_parallel_world_size()
+        self._balanced = parallel.enable_eplb
         if self._started is None:
             self._started = own_start(self._options, ranks)
         self._number = self._rank + ranks * (
@@ -158,7 +162,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         populate_soon(model, self._start.processors)
         with self._device_errors(), self._open() as opened:
             packed = self._start.shard(self._rank).fingerprint is not None
-            if is_a_draft(model_config) and (packed or is_vllm_layout(opened.index)):
+            as_vllm_has_it = packed or is_vllm_layout(opened.index)
+            if is_a_draft(model_config) and as_vllm_has_it:
                 raise ConfigurationError(
                     f"The bundle is in vLLM's own layout, without {type(model).__name__}, which "
                     "drafts for its model.",
@@ -167,6 +172,9 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 )
             # All of what `pack` took from a rank, even what is computed where a checkpoint has it.
             records = list(opened.index.tensors) if packed else loadable(opened.index)
+            if not as_vllm_has_it:
+                dropped = dropped_here(model, balanced=self._balanced)
+                records = [r for r in records if not _worth(r) or not dropped(module_name(r))]
             self._emit(
                 "load_plan",
                 rank=self._number,
@@ -174,7 +182,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
                 tensors=len(records),
                 loader=self._start.settings.loader,
             )
-            if packed or is_vllm_layout(opened.index):
+            if as_vllm_has_it:
                 targets = homes(model)
                 staging = self._staging()
                 here = self._device if staging is not None else torch.device("cpu")
@@ -395,6 +403,11 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
     def _phase(self, phase: str, state: str) -> None:
         if self._number == 0:
             self._emit("phase", phase=phase, state=state)
+
+
+def _worth(record: TensorRecord) -> bool:
+    """Whether a tensor is worth leaving out: small ones come along with their neighbours."""
+    return record.length > SMALL_BYTES
 
 
 def left_out(index: FileIndex, records: list[TensorRecord]) -> tuple[TensorRecord, ...]:
