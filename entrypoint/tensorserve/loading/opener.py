@@ -71,6 +71,8 @@ class Pending:
     budget: int  # bytes that it takes of the room for tensors ahead of the consumer
     gathered: int = 0
     """Where it is staged: bytes of host memory in which it comes together as a whole."""
+    staged: bool = True
+    """Whether it goes on to the device, where there is a `Staging`."""
     header_only: bool = False
     """Whether nothing but the header is wanted, for the digest of all headers."""
     header: TensorHeader | None = None
@@ -477,7 +479,7 @@ class Opener:
             return self._open_under(tensor, tensor.true_header)
         if self._hashes:
             self._verify(tensor)
-        if self._staging is not None:
+        if self._staging is not None and tensor.staged:
             self._staging.send_all(tensor.view, tensor.memory)
             tensor.sent = self._staging.sent()
         return True

@@ -82,7 +82,8 @@ class TensorStream:
 
     With `staging`, tensors come on its device, and `place` gives memory there. What the consumer
     asks of the device comes after their arrival. Where hashes are verified, each tensor comes
-    together in host memory first.
+    together in host memory first. A tensor that is not `staged` stays in host memory: one of which
+    the consumer takes a part, say. What `place` gives memory for is staged in any case.
     """
 
     def __init__(
@@ -96,9 +97,11 @@ class TensorStream:
         progress: LoadProgress,
         place: Placement = lambda _: None,
         staging: Staging | None = None,
+        staged: Callable[[TensorRecord], bool] = lambda _: True,
     ) -> None:
         self._source = source
         self._staging = staging
+        self._staged = staged
         self._opener = Opener(
             source,
             key,
@@ -201,12 +204,12 @@ class TensorStream:
                 self._staging.join(pending.sent)
             record = pending.record
             tensor = _shaped(record, pending.memory)
-            budget = pending.budget
+            room, budget = self._device if pending.staged else self._host, pending.budget
             pending.hand_over()
             del pending
             yield record, tensor
             del tensor
-            self._release(self._host if self._staging is None else self._device, budget)
+            self._release(room, budget)
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -315,7 +318,8 @@ class TensorStream:
         if self._next_place is None or self._next_place[0] is not record:
             self._next_place = record, self._place(record)
         memory = self._next_place[1]
-        staging = self._staging
+        to_device = memory is not None or self._staged(record)
+        staging = self._staging if to_device else None
         gathered = staging is not None and self._opener.gathers(record)
         ahead = record.length if memory is None else 0
         host = record.length if gathered else ahead if staging is None else 0
@@ -332,7 +336,8 @@ class TensorStream:
         view = memoryview(bytearray())
         if record.length and (gathered or staging is None):
             view = (self._memory.take(record.length) if gathered else memory).numpy().data
-        pending = Pending(record, memory, view, ahead, record.length if gathered else 0)
+        gathers = record.length if gathered else 0
+        pending = Pending(record, memory, view, ahead, gathers, staged=staging is not None)
         self._order.put(pending)
         return pending
 

@@ -86,6 +86,49 @@ def test_tensors_come_whole_to_the_device(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("hashes", [False, True])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_what_is_not_staged_stays_in_host_memory(
+    tmp_path: Path, chunk: int, key: bytes | None, hashes: bool, device: str
+) -> None:
+    """Of a large tensor a rank takes a slice: the device never has room for all of it. What has its
+    place there comes there all the same."""
+    path = written(tmp_path / "model.tensors", key=key, chunk=chunk * 1024**2)
+    source = LocalSource(path)
+    wanted = tensors()
+    staging = Staging(torch.device(device), 0)
+    taken: list[int] = []
+    memory = staging.memory
+
+    def counted(count: int) -> torch.Tensor:
+        taken.append(count)
+        return memory(count)
+
+    staging.memory = counted  # type: ignore[method-assign]
+    place = torch.empty(wanted["t6"].numel(), dtype=torch.uint8, device=device)
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=key is not None,
+        key=GivenKey(KEY, "test") if key else None,
+        # Less than the largest of them: it is let in alone.
+        options=LoadOptions(connections=3, ahead_bytes=8 * 1024**2, verify_hashes=hashes),
+        progress=LoadProgress(),
+        place=lambda record: place if record.name == "t6" else None,
+        staging=staging,
+        staged=lambda record: record.length < PART_BYTES,
+    ) as stream:
+        found = {}
+        for record, tensor in stream:
+            here = record.name == "t6" or record.length < PART_BYTES
+            assert tensor.device.type == (device if here else "cpu")
+            found[record.name] = tensor.cpu().clone()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(count < PART_BYTES for count in taken)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_chunks_that_do_not_fit_a_slot(tmp_path: Path, device: str) -> None:
     """Of 64 MiB: such a tensor is opened in host memory, and goes over as a whole."""
     source = LocalSource(written(tmp_path / "model.tensors", key=KEY, chunk=64 * 1024**2))
