@@ -73,6 +73,9 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.25
 # Below vLLM's own logger, which alone it configures.
 logger = init_logger("vllm.tensorserve")
+# Beyond that a tensor of which a rank takes a slice stays in host memory until then. Below, it is
+# one of several that the device has room for. Not measured on a GPU yet.
+SLICED_BYTES = 256 * 1024**2
 
 
 class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
@@ -91,6 +94,8 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._number = 0
         """Of this process among all that load, for the event log; `_rank` is that of its file."""
         self._balanced = False
+        self._takes_slices = False
+        """Whether this rank's weight loaders take a part of most tensors."""
         self._ranks_here = 1
         self._numa_bound = False
         self._shares = False
@@ -113,6 +118,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._numa_bound = parallel.numa_bind
         ranks = get_tensor_model_parallel_world_size()
         self._balanced = parallel.enable_eplb
+        self._takes_slices = ranks > 1 or parallel.enable_expert_parallel
         if self._started is None:
             self._started = own_start(self._options, ranks)
         self._number = self._rank + ranks * (
@@ -361,6 +367,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             progress=self._progress,
             place=place,
             staging=staging,
+            staged=self._is_staged,
         )
 
     def _memory_limit(self) -> int:
@@ -387,6 +394,14 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         # At most half of it: the threads need memory as well.
         limit = self._memory_limit() // 2
         return Staging(self._device, limit, processors=self._processors())
+
+    def _is_staged(self, record: TensorRecord) -> bool:
+        """Whether a tensor goes to the GPU as a whole.
+
+        Where the weight loader takes a slice of it, a large one (the experts of a layer in one
+        tensor, an embedding) would take the GPU's memory many times over.
+        """
+        return not self._takes_slices or record.length <= SLICED_BYTES
 
     def _report(self) -> None:
         self._emit("load_progress", rank=self._number, **self._progress.snapshot())
