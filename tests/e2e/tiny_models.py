@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -19,6 +21,7 @@ from transformers import (
 
 WEIGHTS = "model.safetensors"
 HIDDEN = 128
+WIDE = 1536
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 # What the tokenizer of the real model needs, and sizes that vLLM's CPU kernels take.
 _SIZES = {
@@ -62,6 +65,19 @@ def mixture_of_experts(directory: Path, tokenizer: Path, dtype: torch.dtype) -> 
     return _save(Qwen3MoeForCausalLM, config, directory, tokenizer, dtype)
 
 
+def wide_mixture_of_experts(directory: Path, tokenizer: Path) -> Path:
+    """A Qwen3-MoE of four layers, each expert's matrices of 384 KiB: worth leaving out."""
+    config = Qwen3MoeConfig(
+        **_SIZES | {"num_hidden_layers": 4},
+        tie_word_embeddings=False,
+        moe_intermediate_size=WIDE,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    return _save(Qwen3MoeForCausalLM, config, directory, tokenizer, torch.bfloat16)
+
+
 def quantized(directory: Path, tokenizer: Path) -> Path:
     """A Llama in compressed-tensors' W8A8: int8 weights with a scale for each row, activations
     quantized as they come. Head and embedding stay bfloat16."""
@@ -91,6 +107,79 @@ def quantized(directory: Path, tokenizer: Path) -> Path:
     }
     config = json.loads(path.read_text()) | {"quantization_config": quantization}
     path.write_text(json.dumps(config))
+    return directory
+
+
+def twin(directory: Path, model: Path) -> Path:
+    """A draft model that answers as `model` does: the same weights, and a layer that adds nothing.
+
+    Weights of `model` do not fill it.
+    """
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    last = config["num_hidden_layers"]
+    weights = load_file(model / WEIGHTS)
+    added = {
+        name.replace(f"layers.{last - 1}.", f"layers.{last}."): tensor.clone()
+        for name, tensor in weights.items()
+        if f"layers.{last - 1}." in name
+    }
+    for name, tensor in added.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()
+    directory.mkdir()
+    save_file(weights | added, directory / WEIGHTS, {"format": "pt"})
+    config["num_hidden_layers"] = last + 1
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def eagle(directory: Path, model: Path) -> Path:
+    """EAGLE's head for a Llama: one layer, and a matrix that joins embedding and hidden state."""
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(model / WEIGHTS).items()
+        if ".layers.0." in name and not name.endswith("input_layernorm.weight")
+    }
+    weights["fc.weight"] = torch.cat([torch.eye(HIDDEN)] * 2, 1).to(torch.bfloat16) / 2
+    directory.mkdir()
+    save_file(weights, directory / WEIGHTS, {"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def multi_token_prediction(directory: Path, tokenizer: Path) -> Path:
+    """A GLM-4 with experts, and behind its layers one that drafts (MTP), in the same checkpoint."""
+    config = Glm4MoeConfig(
+        **_SIZES,
+        tie_word_embeddings=False,
+        moe_intermediate_size=64,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    )
+    _save(Glm4MoeForCausalLM, config, directory, tokenizer, torch.bfloat16)
+    weights = load_file(directory / WEIGHTS)
+    last, drafts = "model.layers.1.", "model.layers.2."
+    added = {
+        name.replace(last, drafts): tensor.clone()
+        for name, tensor in weights.items()
+        if name.startswith(last)
+    }
+    added[f"{drafts}eh_proj.weight"] = torch.cat([torch.eye(HIDDEN)] * 2, 1).to(torch.bfloat16)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        added[f"{drafts}{name}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    added[f"{drafts}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    added[f"{drafts}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights | added, directory / WEIGHTS, {"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}))
     return directory
 
 
