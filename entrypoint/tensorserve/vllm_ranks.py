@@ -13,8 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 
 from torch import nn
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.models.utils import PPMissingLayer
 
 # As in model_loader/ep_weight_filter.py: a tensor for each expert, and no scales, of which some
 # kernels want those of all experts.
@@ -57,6 +55,9 @@ def _missing_layers(model: nn.Module) -> Iterator[str]:
 
     Not what stands beside them: an embedding may be wanted for a head that is tied to it.
     """
+    # Late: the plugin imports the loader while vLLM is importing its models.
+    from vllm.model_executor.models.utils import PPMissingLayer
+
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PPMissingLayer) and name.rpartition(".")[2].isdecimal():
             yield name + "."
@@ -64,6 +65,8 @@ def _missing_layers(model: nn.Module) -> Iterator[str]:
 
 def _experts_elsewhere(model: nn.Module) -> Iterator[tuple[str, frozenset[int]]]:
     """(name of a layer's experts, numbers of those that are on other ranks)."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
     for name, module in model.named_modules():
         if not isinstance(module, RoutedExperts) or module.expert_map_manager.expert_map is None:
             continue

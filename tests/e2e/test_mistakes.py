@@ -285,8 +285,10 @@ def test_no_gpu_for_a_cuda_install(up: Up, plain: Path, tmp_path: Path) -> None:
 def test_a_draft_model_that_is_not_there(up: Up, plain: Path) -> None:
     """vLLM would say so after a minute of imports, as an error of the hub's."""
     outcome = up(
-        TENSORSERVE_MODEL_URI=str(plain),
-        TENSORSERVE_VLLM_SPECULATIVE_CONFIG='{"model": "/models/draft"}',
+        {
+            "TENSORSERVE_MODEL_URI": str(plain),
+            "TENSORSERVE_VLLM_SPECULATIVE_CONFIG": '{"model": "/models/draft"}',
+        }
     )
     outcome.must_be(78, "The draft model /models/draft does not exist", "Is the volume mounted?")
 
