@@ -1,8 +1,8 @@
-"""What one of two ranks makes of a checkpoint, all of it and what it does not leave out: MODEL KIND.
+"""What each of two ranks makes of a checkpoint, and of what it does not leave out: MODEL KIND.
 
-A process of its own: vLLM's groups of ranks are of the process. There is one rank; vLLM is told that
-it is one of two, which is all that building and filling a model asks of the other. Prints JSON:
-for each rank, a digest of all parameters for each way, and the bytes that were given.
+A process of its own: vLLM's groups of ranks are of the process. There is one rank; vLLM is told
+that it is one of two, which is all that building and filling a model asks of the other. Prints
+JSON: for each rank, a digest of all parameters for each way, and the bytes that were given.
 """
 
 from __future__ import annotations

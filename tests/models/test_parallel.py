@@ -1,40 +1,64 @@
-"""Ranks leave out what is others', and answer as stock vLLM's do."""
+"""Ranks leave out what is others', and are filled and answer as stock vLLM's."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 from running import Tensorserve, stock_vllm
 from test_models import PROMPTS, pack
 
 # One core for each rank: vLLM would otherwise give both the same ones.
 BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-PARALLEL = {
-    "pipeline": ("--pipeline-parallel-size=2",),
-    "expert": ("--tensor-parallel-size=2", "--enable-expert-parallel"),
+MODELS: dict[str, Callable[[Path, Path], Path]] = {
+    "qwen3-moe": tiny_models.wide_mixture_of_experts,
+    "glm4-moe": tiny_models.multi_token_prediction,
 }
 
 
-@pytest.mark.parametrize("kind", PARALLEL)
-def test_ranks_read_what_they_hold(tmp_path: Path, model_dir: Path, kind: str) -> None:
-    """Of layers and experts above 256 KiB; the answers are bit for bit stock vLLM's."""
+@pytest.mark.parametrize("kind", ["pipeline", "expert"])
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_are_the_same_without_what_is_left_out(
+    tmp_path: Path, model_dir: Path, model: str, kind: str
+) -> None:
+    """Of each of two ranks, bit for bit; and something is left out."""
+    directory = MODELS[model](tmp_path / "model", model_dir)
+    program = Path(__file__).with_name("faked_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(directory), kind],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for (whole, read_whole), (part, read_part) in json.loads(done.stdout.splitlines()[-1]):
+        assert part == whole
+        assert read_part < read_whole
+
+
+def test_expert_parallel_ranks_answer_as_stock(tmp_path: Path, model_dir: Path) -> None:
+    """Bit for bit, and each has read half of the experts."""
+    parallel = ("--tensor-parallel-size=2", "--enable-expert-parallel")
     model = tiny_models.wide_mixture_of_experts(tmp_path / "model", model_dir)
     stock = stock_vllm(tmp_path, model)
-    stock.command += PARALLEL[kind]
+    stock.command += parallel
     stock.environment |= BINDING
     with stock:
         stock.wait_ready()
         wanted = stock.completions("model", PROMPTS)
-    with Tensorserve(tmp_path, pack(model, tmp_path), *PARALLEL[kind]) as engine:
-        engine.environment |= BINDING
+    with Tensorserve(tmp_path, pack(model, tmp_path) | BINDING, *parallel) as engine:
         engine.wait_ready()
         assert engine.completions("model", PROMPTS) == wanted
         plans = {e["rank"]: e["bytes"] for e in engine.events() if e["event"] == "load_plan"}
-    whole = (model / "model.safetensors").stat().st_size
-    experts = 4 * 8 * 3 * tiny_models.HIDDEN * tiny_models.WIDE * torch.bfloat16.itemsize
+    whole = (model / tiny_models.WEIGHTS).stat().st_size
+    experts = 4 * 8 * 3 * tiny_models.HIDDEN * tiny_models.WIDE * 2
     assert sorted(plans) == [0, 1]
     for read in plans.values():
         assert read < whole - experts // 2 + 2**20

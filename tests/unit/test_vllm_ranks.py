@@ -5,6 +5,8 @@ The modules are vLLM's own, without the weights that they would need a model for
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,3 +128,18 @@ def test_what_a_model_says_that_it_does_not_use_is_left_out(vllm: SimpleNamespac
     dropped = vllm.dropped_here(one, balanced=False)
     assert dropped("model.layers.0.mlp.up_proj.weight")
     assert not dropped("mtp.layers.0.mlp.up_proj.weight")
+
+
+def test_the_plugin_may_be_called_in_the_middle_of_vllms_imports() -> None:
+    """vLLM looks at a model's class in a process of its own, which imports that first."""
+    program = (
+        "from tensorserve.vllm_plugin import register; register(); "
+        "import vllm.model_executor.models.qwen3_moe; "
+        "from vllm.model_executor.model_loader import get_model_loader; "
+        "from vllm.config.load import LoadConfig; "
+        "print(type(get_model_loader(LoadConfig(load_format='dummy'))).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-1:] == ["DummyModelLoader"], done.stderr[-2000:]
