@@ -22,8 +22,11 @@ MODELS: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "expert"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    # vLLM's GLM-4 wants a layer with experts in each stage.
+    [("qwen3-moe", "pipeline"), ("qwen3-moe", "expert"), ("glm4-moe", "expert")],
+)
 def test_parameters_are_the_same_without_what_is_left_out(
     tmp_path: Path, model_dir: Path, model: str, kind: str
 ) -> None:
