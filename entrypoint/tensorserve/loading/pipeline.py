@@ -164,6 +164,8 @@ class TensorStream:
         self._staffed = 0
 
     def __enter__(self) -> TensorStream:
+        # What fetches ahead must not wait where the file begins with what is left out.
+        self._source.passed(min(self._schedule.low_water(), self._source.size))
         self._staff()
         if self._options.connections is None:
             self._run(self._adapt, "tensorserve-load-adapt")
@@ -278,8 +280,6 @@ class TensorStream:
                 job = self._schedule.steal()
             if job is not None:
                 self._tell()  # there may be something to do for another one as well
-                # Before: what fetches ahead must not wait where a part of the file is left out.
-                self._source.passed(min(self._schedule.low_water(), self._source.size))
                 try:
                     self._reader.do(job)
                 finally:

@@ -195,14 +195,14 @@ def test_two_ranks_share_what_comes_over_the_network(
     assert all(shared.state(n) == 0 for n in range(shared.blocks))
 
 
-def test_ranks_that_skip_a_part_of_the_file_do_not_wait_for_it(
+def test_ranks_that_skip_parts_of_the_file_do_not_wait_for_them(
     encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Longer than what the fetcher may hold: it goes on where the first of them is."""
+    """Longer than what the fetcher may hold, its beginning too: it goes on where the ranks are."""
     monkeypatch.setattr(prefetch, "_WAIT_SECONDS", 600.0)  # the test would end before it
     source = CountedSource(encrypted)
     shared = SharedBlocks.create(len(encrypted), "v1", 2)
-    wanted = ("t0", "t6")
+    wanted = ("t4", "t6")
     with fetching(source, shared, 2 * BLOCK_BYTES):
         results = {}
 
@@ -216,7 +216,6 @@ def test_ranks_that_skip_a_part_of_the_file_do_not_wait_for_it(
         for thread in threads:
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
-    assert source.bytes_read < len(encrypted)
     for loaded in results.values():
         assert same(loaded, {name: tensors[name] for name in wanted})
 
