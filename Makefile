@@ -28,7 +28,7 @@ serve: venv ## the demo, but serving until Ctrl-C
 	@$(BIN)/python demo/demo.py --serve
 
 .PHONY: test
-test: test-unit test-faults test-e2e ## unit, fault and end-to-end tests
+test: test-unit test-faults test-attacks test-e2e ## unit, fault, attack and end-to-end tests
 
 .PHONY: test-unit
 test-unit: venv ## unit tests (a minute)
@@ -60,6 +60,10 @@ test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
 .PHONY: test-faults
 test-faults: venv ## every fault of the source, the network and the machine, on real sockets
 	@$(BIN)/python -m pytest tests/faults --timeout 120
+
+.PHONY: test-attacks
+test-attacks: venv ## what somebody can do who writes the bucket and has no key
+	@$(BIN)/python -m pytest tests/attacks --timeout 120
 
 .PHONY: bench
 bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (40 minutes, idle machine)

@@ -25,6 +25,7 @@ from tensorserve.opening import access_for, key_for
 from tensorserve.settings import Settings
 from tensorserve.sources import Access
 from tensorserve.sources.parts import Filling, ReadsParts
+from tensorserve.verification import Verification, verification_of
 
 _THREADS = 4
 
@@ -66,7 +67,8 @@ def hold_adapters(
             raise CorruptError(f"Adapter {name!r} of the bundle has no {CONFIG}.")
         rank = rank_of(config.read_bytes(), str(config))
         file = adapter_file(name, WEIGHTS)
-        image = _open_twice(bundle_uri, file, entries[name], manifest, access, key)
+        rule = verification_of(settings.verify, manifest, file, encrypted=key is not None)
+        image = _open_twice(bundle_uri, file, entries[name], manifest, access, key, rule)
         link = config.with_name(SAFETENSORS)
         link.symlink_to(handoff.publish(image, f"adapter-{name}"[:200]))
         return Adapter(name, config.parent, rank)
@@ -82,6 +84,7 @@ def _open_twice(
     manifest: Manifest,
     access: Access,
     key: FileKey | None,
+    rule: Verification,
 ) -> bytearray:
     """What looks damaged is fetched once more: on the wire, or at rest?"""
     uri = sources.join(bundle_uri, file)
@@ -100,7 +103,7 @@ def _open_twice(
             index = read_index(content)
             check_index(manifest, file, index)
             prove_key(content, index, key)
-            return _safetensors(content, index, key, entry)
+            return _safetensors(content, index, key, entry, rule)
         except CorruptError:
             if last or not source.remote:
                 raise
@@ -108,7 +111,11 @@ def _open_twice(
 
 
 def _safetensors(
-    content: _Fetched, index: FileIndex, key: FileKey | None, entry: TensorsEntry
+    content: _Fetched,
+    index: FileIndex,
+    key: FileKey | None,
+    entry: TensorsEntry,
+    rule: Verification,
 ) -> bytearray:
     """The tensors as a safetensors file. Raises CorruptError for what is not as it was packed."""
     headers = hashlib.sha256()
@@ -130,8 +137,11 @@ def _safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     image = bytearray(len(text).to_bytes(8, "little") + text)
-    for record in index.tensors:
-        image += read_tensor(content, record, index, key)
+    # A plain file is small, and nothing else looks at its data.
+    verify = rule.digests or not index.encrypted
+    digests = entry.digests or (None,) * len(index.tensors)
+    for record, expected in zip(index.tensors, digests, strict=True):
+        image += read_tensor(content, record, index, key, verify=verify, expected=expected)
     return image
 
 

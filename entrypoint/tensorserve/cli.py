@@ -130,6 +130,10 @@ def _parser() -> _Parser:
 
     verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
     verify.add_argument("uri", metavar="URI")
+    sign = commands.add_parser(
+        "sign", help="verify a whole bundle and write a manifest for it, authenticated by its key"
+    )
+    sign.add_argument("uri", metavar="URI", help="directory or s3://bucket/prefix")
 
     report = commands.add_parser("report", help="the time line of the last start")
     report.add_argument("--json", action="store_true", help="for programs")
@@ -246,20 +250,21 @@ def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     settings = Settings.from_environment(environ)
     plan = make_plan(settings, options.arguments)
-    for passed in run_checks(settings, plan, Weights()):
+    weights = Weights()
+    for passed in run_checks(settings, plan, weights):
         print(f"ok  {passed.name:16} {passed.found}", flush=True)
+    if weights.warning is not None:
+        print(f"tensorserve: warning: {weights.warning}", file=sys.stderr, flush=True)
     print("Everything that a start needs is there.")
     return 0
 
 
-def _access(environ: Mapping[str, str]) -> Any:
-    """Access and key for commands that name their own URI."""
-    from tensorserve.opening import access_for, key_for
+def _settings(environ: Mapping[str, str]) -> Any:
+    """Those for commands that name their own URI."""
     from tensorserve.settings import Settings
 
     # The start's own URI is not needed here.
-    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
-    return access_for(settings), key_for(settings)
+    return Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
 
 
 def _stop_cleanly() -> None:
@@ -272,10 +277,11 @@ def _stop_cleanly() -> None:
 
 
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.opening import access_for
     from tensorserve.pack_options import pack_as_asked
 
     _stop_cleanly()
-    access, _ = _access(environ)
+    access = access_for(_settings(environ))
     with _ByteBar("packing") as bar:
         result = pack_as_asked(options, access, bar)
     print(result)
@@ -283,11 +289,42 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.opening import access_for, key_for
     from tensorserve.verifying import verify
 
-    access, key = _access(environ)
+    settings = _settings(environ)
+    access, key = access_for(settings), key_for(settings)
     with _ByteBar("verifying") as bar:
-        verify(options.uri, access, key, bar.print, bar)
+        verify(
+            options.uri,
+            access,
+            key,
+            bar.print,
+            bar,
+            wish=settings.verify,
+            pin=settings.manifest_sha256,
+        )
+    return 0
+
+
+def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.opening import access_for, key_for
+    from tensorserve.signing import sign
+
+    _stop_cleanly()
+    settings = _settings(environ)
+    access, key = access_for(settings), key_for(settings)
+    with _ByteBar("verifying") as bar:
+        signed = sign(
+            options.uri,
+            access,
+            key,
+            bar.print,
+            bar,
+            wish=settings.verify,
+            pin=settings.manifest_sha256,
+        )
+    print(signed)
     return 0
 
 
@@ -340,6 +377,7 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 _COMMANDS = {
     "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack, "verify": _verify,
+    "sign": _sign,
     "report": _report, "health": _health, "engine": _engine, "exporter": _exporter, "watch": _watch,
 }  # fmt: skip
 

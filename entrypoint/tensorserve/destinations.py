@@ -57,16 +57,56 @@ def open_destination(uri: str, access: Access, *, overwrite: bool, needed: int) 
     """
     if uri.startswith("s3://"):
         return _Prefix(uri, access, overwrite=overwrite)
-    if "://" in uri and not uri.startswith("file://"):
-        raise ConfigurationError(
-            f"{redact_uri(uri)}: a bundle cannot be written there.",
-            hint="Use a directory or s3://bucket/prefix.",
-        )
+    refuse_unwritable(uri)
     from tensorserve.sources.local import local_path
 
     path = local_path(uri)
     with _explained(path):
         return _Directory(path, access, overwrite=overwrite, needed=needed)
+
+
+def refuse_unwritable(uri: str) -> None:
+    """Raises ConfigurationError for what is neither a directory nor a prefix of S3."""
+    if "://" in uri and not uri.startswith(("file://", "s3://")):
+        raise ConfigurationError(
+            f"{redact_uri(uri)}: a bundle cannot be written there.",
+            hint="Use a directory or s3://bucket/prefix.",
+        )
+
+
+def replace_file(bundle_uri: str, name: str, data: bytes, access: Access) -> None:
+    """Write one small file of a bundle that is there, in one step: the old one or the new one.
+
+    Raises ConfigurationError where it cannot be written, and the destination's errors.
+    """
+    refuse_unwritable(bundle_uri)
+    if bundle_uri.startswith("s3://"):
+        from tensorserve.sources.s3 import account_for
+        from tensorserve.sources.s3_uri import split_s3
+        from tensorserve.uploading import Bucket, Upload
+
+        bucket, key = split_s3(bundle_uri)
+        account = account_for(access.s3)
+        prefix = key.rstrip("/") + "/" if key.strip("/") else ""
+        upload = Upload(Bucket(account.client(), bucket, account.region), prefix + name, len(data))
+        upload.write(data)
+        upload.close()
+        upload.finish()
+        return
+    from tensorserve.sources.local import local_path
+
+    path = local_path(bundle_uri) / name
+    partial = path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
+    with _explained(path):
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_directory(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 class _Directory(Destination):
@@ -250,7 +290,7 @@ def _refuse_present(name: str, present: set[str], *, overwrite: bool) -> bool:
 def _names_of_old(uri: str, access: Access) -> set[str]:
     """What the bundle that is replaced consists of, as far as its manifest says."""
     try:
-        old = read_manifest(uri, access)
+        old = read_manifest(uri, access, None)
     except (CorruptError, ConfigurationError):
         return set()  # a damaged one, or a later version's: it is going to be replaced
     if old is None:

@@ -39,6 +39,9 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
         weights = Weights()
         for passed in run_checks(settings, plan, weights):
             log.emit("check", name=passed.name, found=passed.found)
+        log.emit("verification", mode=weights.verification)
+        if weights.warning is not None:
+            print(f"tensorserve: warning: {weights.warning}", file=sys.stderr, flush=True)
         log.emit("phase", phase="preflight", state="end")
         # The same for all processes of the start, whatever is left when they look.
         settings = replace(settings, host_memory_limit=weights.host_memory_limit)

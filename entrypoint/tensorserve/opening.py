@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tensorserve import sources
+from tensorserve.authentication import UnknownMacError
 from tensorserve.errors import CorruptError, WrongKeyError
 from tensorserve.format import FileIndex, FileKey, read_index
-from tensorserve.keys import parse_key, parse_passphrase, prove_key
+from tensorserve.keys import ModelKey, parse_key, parse_passphrase, prove_key
+from tensorserve.manifest import MANIFEST, Manifest, read_manifest
 from tensorserve.settings import Settings
 from tensorserve.sources import (
     Access,
     FetchObserver,
+    NotFoundError,
     ReplacedError,
     RetryPolicy,
     S3Access,
@@ -47,13 +51,46 @@ def access_for(settings: Settings) -> Access:
     )
 
 
-def key_for(settings: Settings) -> FileKey | None:
+def key_for(settings: Settings) -> ModelKey | None:
     """The key or passphrase that the user gave, if any."""
     if settings.key is not None:
         return parse_key(settings.key)
     if settings.passphrase is not None:
         return parse_passphrase(settings.passphrase)
     return None
+
+
+def open_manifest(
+    bundle_uri: str,
+    access: Access,
+    key: ModelKey | None,
+    tensors: Iterable[str],
+    *,
+    pin: str | None = None,
+) -> Manifest | None:
+    """As read_manifest; a MAC that does not fit is told from a wrong key where that is possible.
+
+    `tensors` are the bundle's files that may be there: the first one says whether it is the key.
+    """
+    try:
+        return read_manifest(bundle_uri, access, key, pin=pin)
+    except UnknownMacError as error:
+        for name in tensors:
+            try:
+                open_tensors(sources.join(bundle_uri, name), access, key).source.close()
+            except NotFoundError:
+                continue
+            except WrongKeyError as wrong:
+                raise wrong from error
+            except CorruptError:
+                break  # damaged as well: nothing can be told apart
+            raise CorruptError(
+                f"The key opens {name}, but the MAC of {MANIFEST} is not this key's: somebody "
+                "without the key changed the manifest, or it is another bundle's.",
+                hint="Copy the whole bundle again from where it was packed, and look who can "
+                "write here.",
+            ) from error
+        raise
 
 
 def open_tensors(

@@ -28,14 +28,17 @@ from tensorserve.format import (
     plan_file,
     write_file,
 )
-from tensorserve.keys import parse_key, parse_passphrase
+from tensorserve.keys import ModelKey, parse_key, parse_passphrase
 from tensorserve.lora import WEIGHTS, adapter_file
 from tensorserve.manifest import (
+    CIPHER,
+    KEY,
     MANIFEST,
     Encryption,
     FileEntry,
     Manifest,
     TensorsEntry,
+    manifest_line,
     model_files,
 )
 from tensorserve.packing_sources import TensorsSource, from_checkpoint
@@ -43,7 +46,6 @@ from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
 
-CIPHER = "xsalsa20-poly1305"
 # Room for the manifest and the file system's own needs.
 _SPARE_BYTES = 16 * 1024**2
 _COPY_BYTES = 4 * 1024**2
@@ -64,6 +66,7 @@ class PackResult:
     left_out: tuple[str, ...]
     adapters: tuple[str, ...]
     key_origin: str | None  # None: not encrypted
+    manifest_sha256: str
     seconds: float
 
     def __str__(self) -> str:
@@ -78,6 +81,8 @@ class PackResult:
             lines.append(f"  adapters: {', '.join(self.adapters)}")
         if self.left_out:
             lines.append(f"  left out: {', '.join(self.left_out)}")
+        vouched_by = KEY if self.key_origin else None
+        lines.append(f"  {MANIFEST}: {manifest_line(self.manifest_sha256, vouched_by)}")
         lines.append(f"  in {self.seconds:.1f} s")
         return "\n".join(lines)
 
@@ -114,7 +119,7 @@ def pack(
         raise ConfigurationError("Only layout 'vllm' has a file for each rank.")
     if key is not None and passphrase is not None:
         raise ConfigurationError("Both a key and a passphrase are given.", hint="Give one of them.")
-    opened_by: FileKey | None = None
+    opened_by: ModelKey | None = None
     if key is not None:
         opened_by = parse_key(key)
     elif passphrase is not None:
@@ -166,8 +171,8 @@ def pack(
             else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
             made_by={"tensorserve": __version__},
             fingerprint=fingerprint,
-        ).to_json()
-        _write(destination, MANIFEST, manifest)
+        ).to_json(opened_by, derivation)
+        written = _write(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
         try:
@@ -185,6 +190,7 @@ def pack(
         left_out=tuple(folder + name for folder, one in folders.items() for name in one.left_out),
         adapters=tuple(sorted(adapters or ())),
         key_origin=opened_by.origin if opened_by else None,
+        manifest_sha256=written.sha256,
         seconds=time.monotonic() - started,
     )
 
@@ -242,7 +248,7 @@ def _write_tensors(
 ) -> TensorsEntry:
     index = file.plan.index
     with file.source.reading() as read, destination.create(file.name, index.size) as out:
-        headers = write_file(
+        written = write_file(
             out,
             file.plan,
             lambda record, start, view: read(record.name, start, view),
@@ -255,7 +261,8 @@ def _write_tensors(
         tensors=len(index.tensors),
         data_bytes=index.data_bytes,
         index_sha256=index.digest,
-        headers_sha256=headers,
+        headers_sha256=written.headers_sha256,
+        digests=written.tensors if key is not None else None,
     )
 
 

@@ -20,13 +20,13 @@ from tensorserve import sources, vllm_flags
 from tensorserve.drafts import Draft, check_draft, draft_of
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
-from tensorserve.format import FileKey
+from tensorserve.format import FileKey, read_header, require_digest
 from tensorserve.gpus import Gpus, read_gpus
 from tensorserve.host_memory import automatic_limit, available_host_memory
 from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
-from tensorserve.manifest import Manifest, check_index, read_manifest
-from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
+from tensorserve.manifest import MANIFEST, Manifest, check_index
+from tensorserve.opening import OpenTensors, access_for, key_for, open_manifest, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
 from tensorserve.prefetching import may_share
 from tensorserve.ranks import Ranks, has_flag, ranks_of
@@ -34,6 +34,7 @@ from tensorserve.secret import redact_uri
 from tensorserve.settings import Settings
 from tensorserve.sources import Access, FetchObserver, NotFoundError
 from tensorserve.start import Shard
+from tensorserve.verification import DIGESTS, MODES, WARNINGS, verification_of
 
 MIB = 1024**2
 # vLLM's message queues between its processes, measured on 0.32.0 (CPU build): less ends in SIGBUS.
@@ -70,6 +71,13 @@ class Weights:
     manifest: Manifest | None = None
     host_memory_limit: int | None = None
     """Bytes; filled by `check_host_memory`."""
+    warning: str | None = None
+    """What is weaker than it should be, to be said aloud."""
+
+    @property
+    def verification(self) -> str:
+        """What vouches for the weights, one of verification.MODES: for the least of its files."""
+        return max((shard.verification for shard in self.shards), key=MODES.index)
 
 
 def run_checks(
@@ -248,8 +256,7 @@ def check_source(
     """Every shard is there, whole, a .tensors file, and opened by the key; so is config.json."""
     yield from check_weights(settings, plan, weights, observer)
     check_config(plan.bundle_uri, access_for(settings))
-    bound = "bound by the manifest" if weights.manifest else "no manifest"
-    yield Passed("configuration", f"config.json is there, {bound}")
+    yield Passed("configuration", f"config.json is there, {_bound(weights.manifest)}")
     if (adapters := adapters_of(weights.manifest)) and wants_adapters(plan):
         if plan.served_name in adapters:
             raise ConfigurationError(
@@ -266,7 +273,10 @@ def check_weights(
     """Every shard is there, whole, a .tensors file, and opened by the key."""
     access = access_for(settings)
     key = key_for(settings)
-    manifest = weights.manifest = read_manifest(plan.bundle_uri, access)
+    firsts = [plan.shards(template)[0] for template in plan.tensors]
+    manifest = weights.manifest = open_manifest(
+        plan.bundle_uri, access, key, firsts, pin=settings.manifest_sha256
+    )
     vouched = manifest.tensors_files if manifest else {}
     # Another file may stand beside a bundle's own, and be named in the URI.
     own = any(name in vouched for template in plan.tensors for name in plan.shards(template))
@@ -285,21 +295,18 @@ def check_weights(
             check_layout(
                 one.index, one.source.name, ranks, sharded=sharded, fingerprinted=bool(fingerprint)
             )
+        names = plan.shards(template)
+        for name, one in zip(names, opened, strict=True):
+            # A manifest that is believed names every file there is.
+            if manifest and (name in vouched or manifest.vouched_by or len(plan.tensors) > 1):
+                check_index(manifest, name, one.index)
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
         weights.shards = tuple(
-            Shard(
-                sources.join(plan.bundle_uri, name),
-                o.source.version,
-                o.source.size,
-                vouched[name].headers_sha256 if name in vouched else None,
-                fingerprint.to_json() if fingerprint else None,
-                has_head=has_head(o.index),
-            )
-            for name, o in zip(plan.shards(template), opened, strict=True)
+            _shard(settings, plan, name, one, manifest, fingerprint)
+            for name, one in zip(names, opened, strict=True)
         )
-        for name, one in zip(plan.shards(template), opened, strict=True):
-            if manifest and (name in vouched or len(plan.tensors) > 1):
-                check_index(manifest, name, one.index)
+        if first.index.encrypted:
+            weights.warning = WARNINGS.get(weights.verification)
         tensors = sum(len(o.index.tensors) for o in opened)
         yield Passed(
             "weights",
@@ -310,9 +317,58 @@ def check_weights(
             yield Passed("layout", f"vLLM's own, for {fingerprint}")
         secured = "encrypted, the key opens it" if first.index.encrypted else "not encrypted"
         yield Passed("encryption", secured)
+        yield Passed("verification", _verified(weights))
     finally:
         for one in opened:
             one.source.close()
+
+
+def _shard(
+    settings: Settings,
+    plan: LaunchPlan,
+    name: str,
+    opened: OpenTensors,
+    manifest: Manifest | None,
+    fingerprint: Fingerprint | None,
+) -> Shard:
+    """What the loader is told of a file. Raises CorruptError where nothing could vouch for it."""
+    index, source = opened.index, opened.source
+    entry = manifest.tensors_files.get(name) if manifest else None
+    rule = verification_of(settings.verify, manifest, name, encrypted=index.encrypted)
+    if index.encrypted and rule.mode == DIGESTS and index.tensors:
+        # One of them says it in time. The loader asks every tensor.
+        smallest = min(index.tensors, key=lambda record: record.length)
+        require_digest(read_header(source, smallest, index))
+    digests = entry.digests if entry and rule.digests else None
+    return Shard(
+        sources.join(plan.bundle_uri, name),
+        source.version,
+        source.size,
+        headers_sha256=entry.headers_sha256 if entry else None,
+        fingerprint=fingerprint.to_json() if fingerprint else None,
+        index_sha256=index.digest,
+        verification=rule.mode,
+        check_digests=rule.digests,
+        digests=b"".join(digests).hex() if digests else None,
+        has_head=has_head(index),
+    )
+
+
+def _verified(weights: Weights) -> str:
+    return {
+        "manifest": f"{MANIFEST} vouches for every byte",
+        "digests": "each tensor's own digest, no authenticated manifest",
+        "tags": "the chunks' tags alone",
+        "none": "nothing vouches for them",
+    }[weights.verification]
+
+
+def _bound(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "no manifest"
+    return (
+        "bound by the manifest" if manifest.vouched_by else "in a manifest that nobody vouches for"
+    )
 
 
 def check_engine(fingerprint: Fingerprint, plan: LaunchPlan) -> None:

@@ -71,6 +71,7 @@ class Settings:
     prefetch: str
     verify: str
     loader: str
+    manifest_sha256: str | None
     allowed_hosts: tuple[str, ...]
     engine_restarts: int
     failure_linger: float

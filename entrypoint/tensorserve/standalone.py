@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -90,6 +91,7 @@ def llm_kwargs(
     weights = Weights()
     for _ in check_source(read, plan, weights, None):
         pass
+    _warn(weights)
     # LLM() may be told to quantize them, or to leave a part in host memory.
     check_memory(weights.data_bytes, ranks, gpus, whole=False)
     check_host_memory(read, plan, weights)
@@ -138,9 +140,15 @@ def own_start(environ: Mapping[str, str], ranks: int) -> Start:
     weights = Weights()
     for _ in check_weights(settings, plan, weights, None):
         pass
+    _warn(weights)
     check_host_memory(settings, plan, weights)
     settings = replace(settings, host_memory_limit=weights.host_memory_limit)
     return Start(settings, (), weights.shards, frozenset(os.sched_getaffinity(0)))
+
+
+def _warn(weights: Weights) -> None:
+    if weights.warning is not None:
+        logging.getLogger(__name__).warning("%s", weights.warning)
 
 
 def _fetch_key(uri: str, environ: Mapping[str, str]) -> str:

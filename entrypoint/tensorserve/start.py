@@ -12,6 +12,7 @@ from typing import Any
 
 from tensorserve import handoff
 from tensorserve.settings import HANDOFF_VARIABLE, Settings, handed_over
+from tensorserve.verification import DIGESTS
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,17 @@ class Shard:
     """What pins the object; the loader refuses another one."""
     size: int
     headers_sha256: str | None = None
-    """Of all tensors' headers, where a manifest vouches for it."""
+    """Of all tensors' headers, where there is a manifest."""
     fingerprint: Mapping[str, Any] | None = None
     """Of the engine whose parameters it holds (fingerprint.py); None: not in our layout `vllm`."""
+    index_sha256: str | None = None
+    """Of the file's index, as it was checked: the loader must find the same."""
+    verification: str = DIGESTS
+    """What vouches for it, one of verification.MODES."""
+    check_digests: bool = True
+    """Whether each tensor's SHA-256 is compared as it comes."""
+    digests: str | None = None
+    """Those of a manifest, in hex, one after another in file order; None: the headers' own."""
     has_head: bool = False
     """Whether there is an `lm_head` in it, which config.json may deny."""
 

@@ -133,6 +133,14 @@ def _choice(*accepted: str) -> Callable[[str, str], str]:
     return parse
 
 
+def _sha256(value: str, name: str) -> str:
+    if re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        return value.lower()
+    raise ConfigurationError(
+        f"{name}={value!r} is not a SHA-256.", hint="It has 64 hex digits: `tensorserve verify`."
+    )
+
+
 def _names(value: str, _name: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[,\s]+", value) if part)
 
@@ -203,9 +211,17 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto`, `off`",
     ),
     Variable(
-        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes"), "auto",
-        "`auto` authenticates every encrypted chunk; `hashes` also checks every tensor's hash.",
-        "`auto`, `hashes`",
+        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes", "tags"), "auto",
+        "What vouches for encrypted weights. `auto`: an authenticated manifest, else each tensor's "
+        "own digest; `hashes`: the digests always; `tags`: without such a manifest, each chunk's "
+        "tag alone (whoever can write the bundle can then exchange tensors).",
+        "`auto`, `hashes`, `tags`",
+    ),
+    Variable(
+        "TENSORSERVE_MANIFEST_SHA256", "manifest_sha256", _sha256, None,
+        "The only bundle that is served: the SHA-256 of its `manifest.json`, which `pack`, `sign` "
+        "and `verify` print.",
+        "64 hex digits", shown_default="any bundle of the key's owner",
     ),
     Variable(
         "TENSORSERVE_LOADER", "loader", _choice("auto", "reference"), "auto",

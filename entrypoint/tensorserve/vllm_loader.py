@@ -32,7 +32,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
-from tensorserve.format import FileIndex, TensorRecord
+from tensorserve.format import TensorRecord
 from tensorserve.host_memory import limit_of
 from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
@@ -49,6 +49,7 @@ from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
+from tensorserve.verification import checked_as
 from tensorserve.vllm_fingerprint import engine_fingerprint
 from tensorserve.vllm_model import (
     copy_in_place,
@@ -314,11 +315,9 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         options = LoadOptions(
             connections=settings.fetch_connections,
             ahead_bytes=max(0, self._memory_limit() - ring),
-            verify_hashes=settings.verify == "hashes",
             processors=self._processors(),
-            headers_sha256=shard.headers_sha256,
-            left_out=left_out(opened.index, records),
         )
+        options = checked_as(options, shard, opened.index, records, opened.source.name)
         end = report_every(PROGRESS_SECONDS, self._report)
         try:
             with self._reader(opened, records, options, staging, place) as stream:
@@ -423,12 +422,6 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 def _worth(record: TensorRecord) -> bool:
     """Whether a tensor is worth leaving out: small ones come along with their neighbours."""
     return record.length > SMALL_BYTES
-
-
-def left_out(index: FileIndex, records: list[TensorRecord]) -> tuple[TensorRecord, ...]:
-    """The tensors of the file that are not among `records`."""
-    taken = {record.header_offset for record in records}
-    return tuple(record for record in index.tensors if record.header_offset not in taken)
 
 
 def fill(

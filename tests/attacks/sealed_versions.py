@@ -60,7 +60,7 @@ def make_version(folder: Path, seed: int, *, encrypted: bool = True) -> Version:
     pack(source, str(bundle), access=ACCESS, key=Secret(KEY.hex()) if encrypted else None)
     path = bundle / "model.tensors"
     opened = LocalSource(path)
-    manifest = read_manifest(str(bundle), ACCESS)
+    manifest = read_manifest(str(bundle), ACCESS, None)
     assert manifest is not None
     digests = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
     vouched = manifest.tensors_files["model.tensors"].headers_sha256

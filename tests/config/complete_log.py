@@ -13,6 +13,7 @@ def write_complete_log(state_dir: Path, health_url: str) -> None:
     log.emit("start", start_id="a", version="0.1.0", health_url=health_url)
     log.emit("failure", reason="source_unavailable", exit_code=69, message="m")
     log.emit("start", start_id="b", version="0.1.0", health_url=health_url)
+    log.emit("verification", mode="manifest")
     for phase in PHASES:
         log.emit("phase", phase=phase, state="begin")
         if phase == "load":

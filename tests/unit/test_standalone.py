@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_the_loader_is_a_setting_as_any_other(bundle: Path) -> None:
     assert started(llm_kwargs(str(bundle), key=KEY, environ={})).settings.loader == "auto"
     with pytest.raises(ConfigurationError, match="not one of auto, reference"):
         llm_kwargs(str(bundle), key=KEY, loader="tensorizer", environ={})
+
+
+def test_what_vouches_for_the_weights_goes_with_the_start(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in `tensorserve serve`; what is weaker than it should be is a warning of the log."""
+    environ = {"TENSORSERVE_KEY": KEY.hex()}
+    (shard,) = started(llm_kwargs(str(bundle), environ=environ)).shards
+    assert (shard.verification, shard.check_digests, shard.digests) == ("manifest", False, None)
+    (shard,) = started(llm_kwargs(str(bundle), verify="hashes", environ=environ)).shards
+    assert (shard.verification, shard.check_digests) == ("manifest", True)
+    assert len(bytes.fromhex(shard.digests)) == 32
+    assert not caplog.records
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").unlink()
+    with pytest.raises(CorruptError, match="TENSORSERVE_VERIFY=tags"):
+        llm_kwargs(str(tmp_path / "b"), environ=environ)
+    (shard,) = started(llm_kwargs(str(tmp_path / "b"), verify="tags", environ=environ)).shards
+    assert (shard.verification, shard.check_digests) == ("tags", False)
+    assert "TENSORSERVE_VERIFY=tags" in caplog.text
+    with pytest.raises(CorruptError, match="TENSORSERVE_MANIFEST_SHA256"):
+        llm_kwargs(str(bundle), manifest_sha256="0" * 64, environ=environ)
 
 
 def test_the_model_may_come_from_the_environment_too(bundle: Path) -> None:

@@ -21,6 +21,7 @@ from tensorserve.format.header import (
     PasswordHash,
     TensorHeader,
     parse_header,
+    require_digest,
     verify_hashes,
 )
 from tensorserve.format.index import read_index
@@ -37,6 +38,7 @@ from tensorserve.format.writer import (
     CHUNK_BYTES,
     FilePlan,
     TensorSpec,
+    WrittenDigests,
     fresh_password_hash,
     plan_file,
     write_file,
@@ -61,6 +63,7 @@ __all__ = [
     "TensorHeader",
     "TensorRecord",
     "TensorSpec",
+    "WrittenDigests",
     "derive_key",
     "fresh_password_hash",
     "nonce_at",
@@ -72,6 +75,7 @@ __all__ = [
     "read_header",
     "read_index",
     "read_tensor",
+    "require_digest",
     "seal_chunk",
     "verify_hashes",
     "write_file",

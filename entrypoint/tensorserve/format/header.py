@@ -83,6 +83,11 @@ class TensorHeader:
     chunks: ChunkedCipher | None  # None: the data is plain, or there is none
     key_derivation: PasswordHash | None  # None: sealed with a key, not a passphrase
 
+    @property
+    def sha256(self) -> bytes | None:
+        """Its SHA-256; None where an encrypted file leaves it out, as ours do (writer.py)."""
+        return dict(self.hashes).get(SHA256)
+
 
 class FileKey(Protocol):
     """Gives the 32-byte key for a header; ``origin`` says where it came from, for messages."""
@@ -125,6 +130,8 @@ def parse_header(
     hashes_length = reader.u16("hashes length")
     hashes_offset = reader.offset
     hashes, zeroed = _parse_hashes(reader.take(hashes_length, "hashes"), where)
+    # Nothing but its digest vouches for a plain tensor; a sealed one has its tags.
+    check(encrypted or SHA256 in dict(hashes), "it holds no SHA-256")
     chunks, key_derivation = None, None
     if encrypted:
         section = reader.take(reader.u64("crypto section length"), "crypto section")
@@ -166,8 +173,6 @@ def _parse_hashes(section: bytes, where: str) -> tuple[tuple[tuple[str, bytes], 
         found[kind] = reader.take(size, "hash")
         zeroed[start : reader.offset] = bytes(size)
     reader.done("last hash")
-    if SHA256 not in found:
-        raise CorruptError(f"{where}: it holds no SHA-256.", hint=DAMAGED_HINT)
     return tuple(found.items()), bytes(zeroed)
 
 
@@ -235,10 +240,12 @@ def _parse_cipher(entry: BoundedReader, length: int, where: str) -> ChunkedCiphe
 
 
 class HashCheck:
-    """Compares a header's hashes with the plaintext, which may come in pieces, in order."""
+    """Compares digests with the plaintext, which may come in pieces, in order."""
 
-    def __init__(self, header: TensorHeader) -> None:
+    def __init__(self, header: TensorHeader, expected: bytes | None = None) -> None:
+        """``expected``: a SHA-256 from elsewhere (a manifest), beside those of the header."""
         self._header = header
+        self._expected = expected
         self._sha256 = hashlib.sha256(header.hashed)
         # tensorizer writes a CRC beside the SHA-256 in plain files only.
         self._with_crc32 = any(kind == CRC32 for kind, _ in header.hashes)
@@ -250,20 +257,44 @@ class HashCheck:
         if self._with_crc32:
             self._crc32 = zlib.crc32(plaintext, self._crc32)
 
-    def finish(self) -> None:
-        """Raises CorruptError, naming source, tensor and hash, if any hash differs."""
+    def digest(self) -> bytes:
+        """SHA-256 of header and plaintext so far, as tensorizer computes it."""
+        return self._sha256.digest()
+
+    def compare(self) -> None:
+        """Raises CorruptError, naming source, tensor and digest, if any that there is differs."""
         found = {CRC32: self._crc32.to_bytes(4, "little"), SHA256: self._sha256.digest()}
         for kind, digest in self._header.hashes:
             if found[kind] != digest:
-                raise CorruptError(
-                    f"{self._header.source_name}: tensor {self._header.record.name!r} does not "
-                    f"have the {kind} that its header gives.",
-                    hint=DAMAGED_HINT,
-                )
+                raise self._differs(f"the {kind} that its header gives")
+        if self._expected is not None and self._expected != found[SHA256]:
+            raise self._differs("the sha256 that the manifest gives")
+
+    def finish(self) -> None:
+        """As `compare`; CorruptError too if there is no SHA-256 to compare with."""
+        require_digest(self._header, self._expected)
+        self.compare()
+
+    def _differs(self, what: str) -> CorruptError:
+        tensor = f"{self._header.source_name}: tensor {self._header.record.name!r}"
+        return CorruptError(f"{tensor} does not have {what}.", hint=DAMAGED_HINT)
 
 
-def verify_hashes(header: TensorHeader, plaintext: Buffer) -> None:
-    """Raises CorruptError unless every hash in ``header`` fits the whole ``plaintext``."""
-    check = HashCheck(header)
+def require_digest(header: TensorHeader, expected: bytes | None = None) -> None:
+    """Raises CorruptError unless a SHA-256 says which tensor this is, under which name."""
+    if header.sha256 is None and expected is None:
+        raise CorruptError(
+            f"{header.source_name}: tensor {header.record.name!r} is sealed, but neither an "
+            "authenticated manifest.json nor a SHA-256 says that it is the one of this name.",
+            hint="Copy the bundle's own manifest.json back, or pack it again: digests or manifest "
+            "may have been removed to exchange tensors. If the bundle is yours and was never out "
+            "of your hands, set TENSORSERVE_VERIFY=tags, and let `tensorserve sign` give it a "
+            "manifest.",
+        )
+
+
+def verify_hashes(header: TensorHeader, plaintext: Buffer, expected: bytes | None = None) -> None:
+    """Raises CorruptError unless every digest fits the whole ``plaintext``, and there is one."""
+    check = HashCheck(header, expected)
     check.update(plaintext)
     check.finish()

@@ -42,12 +42,14 @@ def read_tensor(
     key: FileKey | None,
     *,
     verify: bool = True,
+    expected: bytes | None = None,
 ) -> bytearray:
     """The plaintext of ``record``, of ``record.length`` bytes (none for a meta tensor).
 
-    Every chunk is authenticated; with ``verify``, the hashes of header and plaintext are checked
-    too. Raises CorruptError (TagMismatchError, WrongKeyError) for what does not fit, and
-    ConfigurationError if a key is needed and not given. One tensor of memory is used.
+    Every chunk is authenticated. With ``verify``, the hashes of header and plaintext are checked
+    too, and ``expected``, a SHA-256 from elsewhere: one of them has to be there. Raises
+    CorruptError (TagMismatchError, WrongKeyError) for what does not fit, and ConfigurationError if
+    a key is needed and not given. One tensor of memory is used.
     """
     header = read_header(source, record, index)
     data = bytearray(record.length)
@@ -65,5 +67,5 @@ def read_tensor(
                 with view[start:stop] as box:
                     open_tensor_chunk(header, secret, chunk, box, box)
         if verify:
-            verify_hashes(header, view)
+            verify_hashes(header, view, expected)
     return data

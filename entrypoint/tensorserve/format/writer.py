@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.format.box import NONCE_SIZE, TAG_SIZE
@@ -82,6 +82,14 @@ class FilePlan:
     prologue: bytes  # all that stands before the first tensor's header
     index: FileIndex  # as read_index will give it
     derivation: PasswordHash | None
+
+
+@dataclass(frozen=True)
+class WrittenDigests:
+    """What vouches for a file that was written."""
+
+    headers_sha256: str  # hex, of all tensor headers in file order
+    tensors: tuple[bytes, ...]  # SHA-256 of each tensor in file order: HashCheck's
 
 
 # (tensor, first byte of it, buffer to fill)
@@ -156,8 +164,8 @@ def write_file(
     key: FileKey | None,
     on_bytes: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
-) -> str:
-    """Writes the planned file to ``out``; gives the SHA-256 (hex) of all tensor headers in order.
+) -> WrittenDigests:
+    """Writes the planned file to ``out``; gives the digests of its headers and tensors.
 
     ``read`` fills a buffer with bytes of a tensor, called by several threads; ``on_bytes`` is told
     of data written, in bytes; ``threads`` hash and encrypt, else as many as help.
@@ -174,7 +182,8 @@ def write_file(
     start, used = os.urandom(NONCE_SIZE), 0
     # Tensors are made ready in threads, and written here, in their order.
     threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    waiting: deque[tuple[TensorRecord, Future[tuple[bytes, memoryview]]]] = deque()
+    waiting: deque[tuple[TensorRecord, Future[_Made]]] = deque()
+    digests: list[bytes] = []
     room = _TENSORS_AT_ONCE * max(tensor.length for tensor in tensors)
     held = 0
     making = _Making(plan, read, secret)
@@ -182,8 +191,9 @@ def write_file(
     def write_next() -> None:
         nonlocal held
         record, job = waiting.popleft()
-        header, data = job.result()
+        header, data, digest = job.result()
         headers.update(header)
+        digests.append(digest)
         out.write(header)
         for begin in range(0, record.length, _STEP):
             piece = data[begin : begin + _STEP]
@@ -206,7 +216,15 @@ def write_file(
             pool.shutdown(cancel_futures=True)
             raise
     out.write(bytes(TERMINATOR_SIZE))
-    return headers.hexdigest()
+    return WrittenDigests(headers.hexdigest(), tuple(digests))
+
+
+class _Made(NamedTuple):
+    """A tensor as it will stand in the file."""
+
+    header: bytes
+    data: memoryview
+    sha256: bytes
 
 
 class _Making:
@@ -218,10 +236,10 @@ class _Making:
         self._secret = secret
         self.stopped = False
 
-    def make(self, record: TensorRecord, nonce: bytes) -> tuple[bytes, memoryview]:
-        """(header, data), the latter in memory of its own."""
+    def make(self, record: TensorRecord, nonce: bytes) -> _Made:
+        """The data is in memory of its own."""
         plan = self._plan
-        template = _header(record, _unhashed(plan, record), _crypto(plan, record, nonce, b""))
+        template = _header(record, _unhashed(plan), _crypto(plan, record, nonce, b""))
         crypto_start, crypto_stop = _crypto_bounds(plan, record, template)
         hashed = template[:crypto_start] + template[crypto_stop:]
         sha256, crc32 = hashlib.sha256(hashed), zlib.crc32(hashed)
@@ -242,8 +260,9 @@ class _Making:
                 chunk = piece[at : at + CHUNK_BYTES]
                 number = nonce_at(nonce, (begin + at) // CHUNK_BYTES)
                 tags += seal_chunk(secret, number, chunk, chunk)
-        hashes = _hashes(crc32 if secret is None else None, sha256.digest())
-        return _header(record, hashes, _crypto(plan, record, nonce, bytes(tags))), data
+        hashes = _hashes(plan.index.encrypted, crc32, sha256.digest())
+        header = _header(record, hashes, _crypto(plan, record, nonce, bytes(tags)))
+        return _Made(header, data, sha256.digest())
 
 
 def _resolve(plan: FilePlan, key: FileKey | None) -> bytes | None:
@@ -252,7 +271,7 @@ def _resolve(plan: FilePlan, key: FileKey | None) -> bytes | None:
     if key is None or sealed is None:
         return None
     nonce = bytes(24)
-    header = _header(sealed, _unhashed(plan, sealed), _crypto(plan, sealed, nonce, b""))
+    header = _header(sealed, _unhashed(plan), _crypto(plan, sealed, nonce, b""))
     return key.for_header(parse_header(sealed, header, encrypted=True, source_name="The new file"))
 
 
@@ -305,7 +324,7 @@ def _place(
     raw = raw_dtype(spec.dtype)
     sealed = encrypted and spec.length > 0
     length = 8 + 2 + 1 + 2 + len(raw_name) + 1 + len(raw) + 1 + shape_length + 2 + 8
-    length += len(_hashes(None if sealed else 0, bytes(32)))
+    length += len(_hashes(encrypted, 0, bytes(32)))
     if encrypted:
         length += 8 + 2
     if sealed:
@@ -367,14 +386,20 @@ def _crypto_bounds(plan: FilePlan, record: TensorRecord, header: bytes) -> tuple
     return stop - len(_crypto(plan, record, bytes(24), b"")), stop
 
 
-def _unhashed(plan: FilePlan, record: TensorRecord) -> bytes:
-    return _hashes(None if plan.index.encrypted and record.length else 0, bytes(32))
+def _unhashed(plan: FilePlan) -> bytes:
+    return _hashes(plan.index.encrypted, 0, bytes(32))
 
 
-def _hashes(crc32: int | None, sha256: bytes) -> bytes:
-    """tensorizer gives sealed tensors a SHA-256 only, all others a CRC-32 before it."""
-    short = b"" if crc32 is None else struct.pack("<BBI", 0, 4, crc32)
-    return struct.pack("<B", 1 if crc32 is None else 2) + short + struct.pack("<BB", 1, 32) + sha256
+def _hashes(encrypted: bool, crc32: int, sha256: bytes) -> bytes:
+    """In plain files a CRC-32 and a SHA-256, as tensorizer writes them. In encrypted files none.
+
+    A digest of the plaintext, in clear, lets anybody recognise a tensor that he knows, and try the
+    values of a small one. tensorizer writes it all the same; its reader takes headers without
+    (2.10.1 to 2.12.1). Ours stand in the manifest, sealed.
+    """
+    if encrypted:
+        return b"\0"
+    return struct.pack("<BBBIBB", 2, 0, 4, crc32, 1, 32) + sha256
 
 
 def _crypto(plan: FilePlan, record: TensorRecord, nonce: bytes, tags: bytes) -> bytes:

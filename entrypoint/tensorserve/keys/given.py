@@ -5,17 +5,23 @@ from __future__ import annotations
 import base64
 import binascii
 import threading
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
 from tensorserve.format.box import KEY_SIZE
 from tensorserve.format.crypto import derive_key
-from tensorserve.format.header import PasswordHash, TensorHeader
+from tensorserve.format.header import FileKey, PasswordHash, TensorHeader
 from tensorserve.secret import REDACTED, Secret
 
 # tensorizer derives once a file, and a bundle has a few files; a forged file could have a salt for
 # each of its tensors.
 MAX_DERIVATIONS = 64
+
+
+class ModelKey(FileKey, Protocol):
+    """A key that also opens what no tensor's header is at hand for: a manifest."""
+
+    def for_parameters(self, parameters: PasswordHash | None, asked_by: str) -> bytes: ...
 
 
 class GivenKey:
@@ -36,8 +42,16 @@ class GivenKey:
         """The 32 bytes, for sealing with."""
         return self._key.reveal()
 
-    def for_header(self, header: TensorHeader) -> bytes:  # noqa: ARG002 - FileKey's interface
+    def for_header(self, header: TensorHeader) -> bytes:
         """The key itself: a derived key, given as such, opens a passphrase's file too."""
+        return self.for_parameters(header.key_derivation, header.source_name)
+
+    def for_parameters(
+        self,
+        parameters: PasswordHash | None,  # noqa: ARG002 - ModelKey's interface
+        asked_by: str,  # noqa: ARG002
+    ) -> bytes:
+        """The key itself."""
         return self._key.reveal()
 
     def __repr__(self) -> str:
@@ -64,10 +78,13 @@ class Passphrase:
         Raises WrongKeyError if the file was sealed with a key instead, CorruptError if its
         parameters are out of bounds, ConfigurationError if the memory for them is lacking.
         """
-        parameters = header.key_derivation
+        return self.for_parameters(header.key_derivation, header.source_name)
+
+    def for_parameters(self, parameters: PasswordHash | None, asked_by: str) -> bytes:
+        """The key that `parameters` make, for what `asked_by` names. Raises as `for_header`."""
         if parameters is None:
             raise WrongKeyError(
-                f"{header.source_name} was sealed with a key, not a passphrase; "
+                f"{asked_by} was sealed with a key, not a passphrase; "
                 f"the passphrase from {self.origin} cannot open it.",
                 hint="Set TENSORSERVE_KEY_FILE to the key's file instead.",
             )
@@ -75,8 +92,7 @@ class Passphrase:
             if parameters not in self._derived:
                 if len(self._derived) >= MAX_DERIVATIONS:
                     raise CorruptError(
-                        f"{header.source_name} asks for more than {MAX_DERIVATIONS} key "
-                        "derivations.",
+                        f"{asked_by} asks for more than {MAX_DERIVATIONS} key derivations.",
                         hint="tensorizer needs one a file: the file is damaged or forged.",
                     )
                 key = derive_key(
@@ -84,7 +100,7 @@ class Passphrase:
                     salt=parameters.salt,
                     passes=parameters.passes,
                     memory=parameters.memory,
-                    asked_by=header.source_name,
+                    asked_by=asked_by,
                 )
                 self._derived[parameters] = Secret(key, self.origin)
             return self._derived[parameters].reveal()

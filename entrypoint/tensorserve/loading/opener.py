@@ -12,7 +12,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -112,9 +112,12 @@ class Opener:
         *,
         encrypted: bool,
         hashes: bool,
+        digests: Mapping[int, bytes] | None = None,
         staging: Staging | None = None,
     ) -> None:
-        """With `staging`, tensors go on to a device, part by part or once they are whole."""
+        """With `hashes`, each tensor needs a SHA-256, of its header or, by that one's offset, in
+        `digests`. With `staging`, tensors go on to a device, part by part or once they are whole.
+        """
         self._staging = staging
         self._crosses = False
         self._source = source
@@ -122,6 +125,7 @@ class Opener:
         self._progress = progress
         self._encrypted = encrypted
         self._hashes = hashes
+        self._digests = digests or {}
         self._strips = encrypted and opens_strips()
         self._headers: dict[int, bytes] = {}
         # Memory of parts, to be used again: fresh memory costs as much as decryption.
@@ -487,8 +491,9 @@ class Opener:
     def _verify(self, tensor: Pending) -> None:
         """Raises CorruptError where the hashes do not fit a second time either."""
         assert tensor.header is not None
+        expected = self._digests.get(tensor.record.header_offset)
         try:
-            verify_hashes(tensor.header, tensor.view)
+            verify_hashes(tensor.header, tensor.view, expected)
         except CorruptError:
             tensor.header, same = self._read_header_again(tensor.record)
             if tensor.header.chunks is None:
@@ -496,7 +501,7 @@ class Opener:
             elif not same:  # else the tags have vouched for the bytes
                 for index in range(tensor.header.chunks.count):
                     self._read_chunk(tensor, tensor.header, index)
-            verify_hashes(tensor.header, tensor.view)
+            verify_hashes(tensor.header, tensor.view, expected)
 
     # Headers -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
@@ -57,6 +57,9 @@ class LoadOptions:
     """None: as many as help."""
     ahead_bytes: int = 1024**3
     verify_hashes: bool = False
+    """Whether each tensor must have the SHA-256 that its header or `digests` gives."""
+    digests: Mapping[int, bytes] = field(default_factory=dict)
+    """SHA-256 of tensors by their header's offset, from a manifest."""
     processors: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
     """That the threads run on, wherever the caller is bound to."""
     headers_sha256: str | None = None
@@ -108,6 +111,7 @@ class TensorStream:
             progress,
             encrypted=encrypted,
             hashes=options.verify_hashes,
+            digests=options.digests,
             staging=staging,
         )
         self._options = options

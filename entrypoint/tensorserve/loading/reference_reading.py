@@ -19,7 +19,15 @@ from typing import Any
 import torch
 
 from tensorserve.errors import CorruptError, TensorserveError
-from tensorserve.format import FileIndex, FileKey, TensorRecord, parse_header
+from tensorserve.format import (
+    FileIndex,
+    FileKey,
+    TensorHeader,
+    TensorRecord,
+    parse_header,
+    require_digest,
+    verify_hashes,
+)
 from tensorserve.format.bounded import DAMAGED_HINT
 from tensorserve.linux import run_on
 from tensorserve.loading.pipeline import LoadOptions
@@ -106,6 +114,7 @@ class Reading:
         expected = _path(record), f"torch.{record.dtype}", record.shape
         if found != expected:
             raise self._unreadable(f"it gives {found} for {expected}")
+        self._compare(record, tensor)
         if tensor.is_cuda:
             # tensorizer makes it on a stream of its own, where its memory would be filled anew as
             # soon as nobody names it, while the consumer's stream still reads. Not run on a GPU
@@ -114,6 +123,24 @@ class Reading:
         if self._index.encrypted:
             self._progress.stage("decrypt", record.length, 0.0)
         return tensor
+
+    def _compare(self, record: TensorRecord, tensor: torch.Tensor) -> None:
+        """A manifest's digest, which tensorizer knows nothing of. Raises DamagedError."""
+        options = self._load.options
+        digest = options.digests.get(record.header_offset)
+        if not options.verify_hashes or digest is None:
+            return
+        plaintext = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        try:
+            verify_hashes(self._parsed(record), plaintext, digest)
+        except CorruptError as error:
+            raise DamagedError(error) from error
+
+    def _parsed(self, record: TensorRecord) -> TensorHeader:
+        data = self._load.headers[record.header_offset]
+        return parse_header(
+            record, data, encrypted=self._index.encrypted, source_name=self._source.name
+        )
 
     def release(self, record: TensorRecord) -> None:
         """The consumer is done with a tensor."""
@@ -267,6 +294,10 @@ class Reading:
         header = parse_header(
             record, data, encrypted=self._index.encrypted, source_name=self._source.name
         )
+        options = self._load.options
+        if wanted and options.verify_hashes:
+            # tensorizer passes over a tensor without a digest.
+            require_digest(header, options.digests.get(record.header_offset))
         if wanted and header.chunks is not None:
             assert self._load.key is not None
             assert self._parameters is not None

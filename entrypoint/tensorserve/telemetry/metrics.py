@@ -64,6 +64,14 @@ def _start_metrics(status: Status) -> Iterator[Metric]:
         "Whether the weights are loaded on every rank and the engine answers (1) or not (0).",
         value=float(status.ready),
     )
+    verification = GaugeMetricFamily(
+        "tensorserve_verification",
+        "What vouches for the weights of the last start: manifest, digests, tags or none.",
+        labels=["mode"],
+    )
+    if state.verification is not None:
+        verification.add_metric([state.verification], 1)
+    yield verification
 
 
 def _load_metrics(status: Status) -> Iterator[Metric]:

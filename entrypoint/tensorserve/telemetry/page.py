@@ -23,7 +23,7 @@ from tensorserve.telemetry.load import label
 from tensorserve.telemetry.readiness import Status
 from tensorserve.telemetry.state import PHASES, StartState
 from tensorserve.telemetry.story import Note, Story
-from tensorserve.telemetry.words import FAILURES, NBSP, duration, failed, size
+from tensorserve.telemetry.words import CAUTIONS, FAILURES, NBSP, duration, failed, size
 
 _SECONDS_OF_A_STALL = 5.0
 _POLL_STARTING, _POLL_READY = 0.7, 5.0
@@ -75,6 +75,7 @@ def view(status: Status, notes: Iterable[Note]) -> dict[str, Any]:
         "tone": tone,
         "headline": headline,
         "detail": detail,
+        "caution": CAUTIONS.get(state.verification or "", ""),
         "announcement": _announcement(state, headline),
         "title": f"{percent} loaded" if loading else headline.partition(":")[0],
         "version": f"version {_version(state.version)}" if state.version else "",
@@ -104,6 +105,7 @@ def render(content: dict[str, Any]) -> str:
     values = {name: html.escape(str(value)) for name, value in content.items()}
     values["refresh"] = "10" if content["tone"] == "ready" else "2"
     values["detail_hidden"] = "" if content["detail"] else " hidden"
+    values["caution_hidden"] = "" if content["caution"] else " hidden"
     values["phases"] = "".join(_row(bar) for bar in content["phases"])
     values["events"] = "".join(
         f'<li data-tone="{html.escape(event["tone"])}"><span>{html.escape(event["at"])}</span>'

@@ -51,6 +51,8 @@ class StartState:
     engine_exit: int | None = None
     exit_at: float | None = None
     failure: Failure | None = None
+    verification: str | None = None
+    """What vouches for the weights (verification.MODES), once it is known."""
     segments: list[Segment] = field(default_factory=list)
     ranks: dict[int, RankLoad] = field(default_factory=dict)
     prefetch: RankLoad = field(default_factory=RankLoad)
@@ -75,6 +77,8 @@ class StartState:
             self._load(kind, event)
         elif kind == "prefetch_progress":
             self.prefetch.progress(event)
+        elif kind == "verification":
+            self.verification = label(event.get("mode"))
         elif kind == "ready":
             self._ready(event)
         elif kind == "failure":
@@ -201,7 +205,7 @@ class StartState:
         self.health_url = url if isinstance(url, str) else None
         self.began = self.last_event = self.last_advance = event["t"]
         self.wall = number(event.get("w")) or None
-        self.ready_at = self.engine_exit = self.exit_at = self.failure = None
+        self.ready_at = self.engine_exit = self.exit_at = self.failure = self.verification = None
         self.ranks = {}
         self.prefetch = RankLoad()
         self.segments = [Segment(PHASES[0], event["t"], presumed=True)]

@@ -24,7 +24,7 @@ _DONE = {
 # The names of `preflight`'s checks. Any other could hold something of the user's.
 _CHECKS = frozenset(
     {"vLLM", "device", "API port", "metrics port", "shared memory", "state directory"}
-    | {"weights", "encryption", "configuration", "memory"}
+    | {"weights", "encryption", "verification", "configuration", "memory"}
 )
 
 

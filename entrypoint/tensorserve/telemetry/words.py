@@ -29,6 +29,13 @@ FAILURES = {
     ),
     "engine": ("the engine ended", "Its own output, in the log of the container, says why."),
 }
+CAUTIONS = {
+    "digests": "No authenticated manifest: the weights are held to the digests in their own file, "
+    "and nothing vouches for configuration and tokenizer. `tensorserve sign` mends it.",
+    "tags": "TENSORSERVE_VERIFY=tags: nothing says that each tensor is the one of its name. "
+    "`tensorserve sign` mends it.",
+}
+"""By what vouches for the weights (verification.MODES), where that is less than could be."""
 _RETRIES = {
     "reset": "connection reset",
     "short_body": "answer cut short",

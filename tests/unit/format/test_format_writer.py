@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tensorizer import DecryptionParams, TensorDeserializer
+from tensorizer import CryptographyError, DecryptionParams, TensorDeserializer
 from tensors_samples import (
     KEY,
     PASSPHRASE,
     FixedKey,
     MemorySource,
     tensor_bytes,
-    we_read,
     write,
 )
 
-from tensorserve.errors import ConfigurationError
+from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import (
     ITEM_SIZES,
     FileKey,
@@ -27,10 +27,12 @@ from tensorserve.format import (
     PasswordHash,
     TensorRecord,
     TensorSpec,
+    WrittenDigests,
     fresh_password_hash,
     plan_file,
     read_header,
     read_index,
+    read_tensor,
     write_file,
     writer,
 )
@@ -64,7 +66,9 @@ def planned(tensors: dict[str, torch.Tensor], kind: str) -> FilePlan:
     )
 
 
-def written(tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None) -> bytes:
+def written_file(
+    tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None
+) -> tuple[bytes, WrittenDigests]:
     contents = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
 
     def read(record: TensorRecord, start: int, buffer: memoryview) -> None:
@@ -75,8 +79,12 @@ def written(tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None 
             self.extend(data)
 
     out = Output()
-    write_file(out, planned(tensors, kind), read, key=key_of(kind), threads=threads)
-    return bytes(out)
+    made = write_file(out, planned(tensors, kind), read, key=key_of(kind), threads=threads)
+    return bytes(out), made
+
+
+def written(tensors: dict[str, torch.Tensor], kind: str, *, threads: int | None = None) -> bytes:
+    return written_file(tensors, kind, threads=threads)[0]
 
 
 def samples() -> dict[str, torch.Tensor]:
@@ -119,14 +127,59 @@ def test_tensorizer_reads_what_is_written(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_reader_reads_what_is_written(kind: str) -> None:
-    """Names, dtypes, shapes and bytes, hashes verified."""
+    """Names, dtypes, shapes and bytes, all digests verified."""
     tensors = samples()
-    found = we_read(written(tensors, kind), key_of(kind))
-    assert list(found) == list(tensors)
-    for name, (_, dtype, shape, data) in found.items():
-        assert dtype == str(tensors[name].dtype).removeprefix("torch.")
-        assert shape == tuple(tensors[name].shape)
-        assert data == tensor_bytes(tensors[name]), name
+    data, digests = written_file(tensors, kind)
+    source = MemorySource(data)
+    index = read_index(source)
+    assert [record.name for record in index.tensors] == list(tensors)
+    for record, digest in zip(index.tensors, digests.tensors, strict=True):
+        assert record.dtype == str(tensors[record.name].dtype).removeprefix("torch.")
+        assert record.shape == tuple(tensors[record.name].shape)
+        read = read_tensor(source, record, index, key_of(kind), expected=digest)
+        assert read == tensor_bytes(tensors[record.name]), record.name
+        with pytest.raises(CorruptError, match="does not have the sha256 that the manifest gives"):
+            read_tensor(source, record, index, key_of(kind), expected=bytes(32))
+
+
+@pytest.mark.parametrize("kind", ["key", "passphrase"])
+def test_an_encrypted_file_tells_nothing_of_its_plaintext(kind: str) -> None:
+    """No digest of it, by which anybody would know a tensor that he has: not in any header."""
+    tensors = samples()
+    data, digests = written_file(tensors, kind)
+    source = MemorySource(data)
+    index = read_index(source)
+    for record, digest in zip(index.tensors, digests.tensors, strict=True):
+        header = read_header(source, record, index)
+        assert header.hashes == ()
+        plaintext = tensor_bytes(tensors[record.name])
+        assert digest == hashlib.sha256(header.hashed + plaintext).digest()
+        for trace in (digest, hashlib.sha256(plaintext).digest()):
+            assert trace not in data
+        with pytest.raises(CorruptError, match="is sealed, but neither"):
+            read_tensor(source, record, index, key_of(kind))
+
+
+def test_tensorizer_finds_no_fault_where_there_is_no_digest(tmp_path: Path) -> None:
+    """`verify_hash` and `verify_module` have nothing to compare and pass; the tags still count."""
+    module = torch.nn.Linear(3, 2)
+    path = tmp_path / "model.tensors"
+    data = bytearray(written(dict(module.state_dict()), "key"))
+    path.write_bytes(data)
+    encryption = DecryptionParams.from_key(KEY)
+    with TensorDeserializer(path, device="cpu", encryption=encryption, verify_hash=True) as found:
+        into = torch.nn.Linear(3, 2)
+        into.load_state_dict(dict(found))
+        assert found.verify_module(into)[0]
+        into.weight.data.zero_()
+        assert found.verify_module(into)[0], "it cannot know"
+    data[-9] ^= 1  # in front of the eight bytes at the end
+    path.write_bytes(data)
+    with (
+        pytest.raises(CryptographyError),
+        TensorDeserializer(path, device="cpu", encryption=encryption) as found,
+    ):
+        dict(found)
 
 
 def test_a_plain_file_is_tensorizers_own_behind_the_index() -> None:

@@ -46,7 +46,7 @@ def test_a_model_of_the_cache_is_packed_by_its_name(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert (
-        read_manifest(str(tmp_path / "out" / "vllm" / "tests" / "tiny" / "v1"), Access())
+        read_manifest(str(tmp_path / "out" / "vllm" / "tests" / "tiny" / "v1"), Access(), None)
         is not None
     )
 
@@ -132,7 +132,7 @@ def test_a_model_is_fetched_from_the_hub_once(tmp_path: Path) -> None:
                 first = [path for path in asked if "/resolve/" in path]
     assert [path for path in asked if "/resolve/" in path] == first != []
     assert not any("pytorch_model" in path or ".py" in path for path in asked)
-    manifests = [read_manifest(str(tmp_path / f"out-{n}"), Access()) for n in (1, 2)]
+    manifests = [read_manifest(str(tmp_path / f"out-{n}"), Access(), None) for n in (1, 2)]
     assert manifests[0] is not None
     assert manifests[0].files == manifests[1].files  # type: ignore[union-attr]
 

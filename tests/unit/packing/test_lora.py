@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
+from tensorserve.keys import parse_key
 from tensorserve.lora import adapters_of, rank_of, read_adapters
 from tensorserve.manifest import read_manifest
 from tensorserve.packing import pack, with_suffix
@@ -61,7 +62,7 @@ def test_an_adapter_comes_out_of_the_bundle_as_it_went_in(
     )
     assert result.adapters == ("sql",)
     assert "adapters/sql/README.md" in result.left_out
-    manifest = read_manifest(str(bundle), ACCESS)
+    manifest = read_manifest(str(bundle), ACCESS, key and parse_key(key))
     assert adapters_of(manifest) == ("sql",)
     settings = settings_for(bundle, key)
     directory = tmp_path / "served"
@@ -82,8 +83,6 @@ def test_an_adapter_comes_out_of_the_bundle_as_it_went_in(
 
 def test_a_damaged_adapter_is_found_and_named(tmp_path: Path, model: Path) -> None:
     """By `verify`, and before vLLM is started."""
-    from tensorserve.keys import parse_key
-
     bundle = tmp_path / "bundle"
     adapters = read_adapters([f"sql={make_adapter(tmp_path / 'adapter')}"])
     pack(model, str(bundle), access=ACCESS, key=KEY, adapters=adapters)
@@ -94,7 +93,7 @@ def test_a_damaged_adapter_is_found_and_named(tmp_path: Path, model: Path) -> No
     with pytest.raises(CorruptError, match=r"adapters/sql/adapter_model\.tensors"):
         verify(str(bundle), ACCESS, parse_key(KEY))
     directory = tmp_path / "served"
-    manifest = read_manifest(str(bundle), ACCESS)
+    manifest = read_manifest(str(bundle), ACCESS, parse_key(KEY))
     fetch_artifacts(str(bundle), ACCESS, directory, manifest)
     with pytest.raises(CorruptError, match=r"adapter_model\.tensors"):
         hold_adapters(str(bundle), directory, settings_for(bundle, KEY), manifest)
@@ -107,7 +106,7 @@ def test_adapters_that_do_not_fit_the_memory_are_refused(tmp_path: Path, model: 
     source = make_adapter(tmp_path / "adapter", rank=4096)  # 320 KiB of weights
     (bundle.parent / "x").mkdir()
     pack(model, str(bundle), access=ACCESS, adapters=read_adapters([f"sql={source}"]))
-    manifest = read_manifest(str(bundle), ACCESS)
+    manifest = read_manifest(str(bundle), ACCESS, None)
     directory = tmp_path / "served"
     fetch_artifacts(str(bundle), ACCESS, directory, manifest)
     settings = settings_for(bundle, None, TENSORSERVE_HOST_MEMORY_LIMIT="64MiB")

@@ -75,6 +75,7 @@ def test_a_terminal_sees_a_progress_bar(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in said.splitlines()] == [
         ["ok", "model.tensors"],
         ["DAMAGED", "config.json"],
+        ["unchecked", "manifest.json"],
     ]
 
 

@@ -78,10 +78,12 @@ def test_what_was_packed_verifies(tmp_path: Path, model: Path, sealed: str) -> N
     opens = {"plain": None, "key": parse_key(KEY), "passphrase": parse_passphrase(phrase)}[sealed]
     lines: list[str] = []
     verify(str(bundle_of(tmp_path)), ACCESS, opens, lines.append)
-    assert len(lines) == 1 + len(SMALL_FILES)
-    assert all(line.startswith("ok ") for line in lines)
-    manifest = read_manifest(str(bundle_of(tmp_path)), ACCESS)
+    assert len(lines) == 1 + len(SMALL_FILES) + 1
+    assert all(line.startswith("ok ") for line in lines[:-1])
+    manifest = read_manifest(str(bundle_of(tmp_path)), ACCESS, opens)
     assert manifest is not None
+    assert manifest.vouched_by == (None if sealed == "plain" else "key")
+    assert manifest.sha256 in lines[-1]
     opened = open_tensors(str(bundle_of(tmp_path) / "model.tensors"), ACCESS, opens)
     check_index(manifest, "model.tensors", opened.index)
     opened.source.close()

@@ -15,10 +15,12 @@ import pytest
 import torch
 from hf_samples import ACCESS, make_model
 
+from manifests import rewrite
 from tensorserve import packing
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import VLLM, Fingerprint
 from tensorserve.format import TensorSpec
+from tensorserve.keys import parse_key
 from tensorserve.layouts import RANK_MARKER
 from tensorserve.manifest import parse_manifest, read_manifest
 from tensorserve.packing import pack
@@ -31,6 +33,7 @@ from tensorserve.verifying import verify
 
 ENGINE = Fingerprint("0.32.0", "cpu", "LlamaForCausalLM", "bfloat16", "none", 2, 1, False)
 KEY = bytes(range(32))
+GIVEN = parse_key(Secret(KEY, "the test"))
 
 
 def rank_source(rank: int) -> TensorsSource:
@@ -89,7 +92,7 @@ def check(bundle: Path, ranks: int = 2, file: str = "", **environ: str) -> Weigh
 
 def test_each_rank_has_its_file(bundle: Path) -> None:
     """The manifest says for which engine; the loader is told."""
-    manifest = read_manifest(str(bundle), ACCESS)
+    manifest = read_manifest(str(bundle), ACCESS, GIVEN)
     assert manifest is not None
     assert manifest.layout == "vllm"
     assert manifest.fingerprint == ENGINE
@@ -119,8 +122,7 @@ def test_another_engine_is_refused_before_vllm_starts(
 
 def test_another_vllm_is_refused_before_it_starts(bundle: Path) -> None:
     """Its version is known without importing it."""
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace('"vllm": "0.32.0"', '"vllm": "0.31.0"'))
+    rewrite(bundle, lambda document: document["fingerprint"].update(vllm="0.31.0"), GIVEN)
     with pytest.raises(ConfigurationError, match=r"the bundle has 0\.31\.0, this start 0\.32\.0"):
         check(bundle)
 
@@ -136,9 +138,9 @@ def test_a_manifest_of_this_layout_does_not_make_a_checkpoint_one(tmp_path: Path
     """The other way round."""
     key = Secret(KEY, "the test")
     pack(make_model(tmp_path / "m"), str(tmp_path / "hf-bundle"), access=ACCESS, key=key)
-    document = json.loads((tmp_path / "hf-bundle" / "manifest.json").read_text())
-    document |= {"layout": "vllm", "fingerprint": replace(ENGINE, tensor_parallel_size=1).to_json()}
-    (tmp_path / "hf-bundle" / "manifest.json").write_text(json.dumps(document))
+    fingerprint = replace(ENGINE, tensor_parallel_size=1).to_json()
+    change = {"layout": "vllm", "fingerprint": fingerprint}
+    rewrite(tmp_path / "hf-bundle", change, GIVEN)
     with pytest.raises(CorruptError, match="does not hold a rank's parameters"):
         check(tmp_path / "hf-bundle", 1)
 
@@ -149,10 +151,8 @@ def test_ranks_that_changed_places_are_noticed(bundle: Path) -> None:
     first.rename(bundle / "x")
     second.rename(first)
     (bundle / "x").rename(second)
-    from tensorserve.keys import parse_key
-
     with pytest.raises(CorruptError, match="2 of"):
-        verify(str(bundle), ACCESS, parse_key(Secret(KEY, "the test")))
+        verify(str(bundle), ACCESS, GIVEN)
 
 
 def test_a_manifest_of_this_layout_needs_its_fingerprint_and_its_files(bundle: Path) -> None:

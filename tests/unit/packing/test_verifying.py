@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
-import json
 import os
 import re
 import shutil
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hf_samples import ACCESS, make_model
 
+from manifests import as_version_1, rewrite
 from rangeserver import RangeServer
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
 from tensorserve.format import read_index
@@ -195,7 +196,7 @@ def test_a_changed_configuration_is_noticed(bundle: Path) -> None:
     flip(bundle / "config.json", 5)
     message, lines = damaged(bundle)
     assert "config.json" in message
-    assert sum(line.startswith("ok ") for line in lines) == 4
+    assert sum(line.startswith("ok ") for line in lines) == 5
 
 
 def test_missing_files_are_named(bundle: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_truncated_file_is_damaged(bundle: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     message, lines = damaged(bundle)
     assert "truncated" in message
-    assert sum(line.startswith("ok ") for line in lines) == 4
+    assert sum(line.startswith("ok ") for line in lines) == 5
 
 
 def test_tensors_exchanged_for_others_under_the_same_key_are_noticed(
@@ -254,8 +255,11 @@ def test_a_single_file_is_verified(bundle: Path) -> None:
     """Without looking at the others."""
     flip(bundle / "config.json", 0)
     lines: list[str] = []
-    results = verify(str(bundle / "model.tensors"), ACCESS, KEY, lines.append)
-    assert [(result.name, result.state) for result in results] == [("model.tensors", "ok")]
+    results = verify(str(bundle / "model.tensors"), ACCESS, KEY, lines.append).results
+    assert [(result.name, result.state) for result in results] == [
+        ("model.tensors", "ok"),
+        (MANIFEST, "ok"),
+    ]
     assert "every chunk authenticated" in lines[0]
 
 
@@ -263,7 +267,7 @@ def test_a_whole_bundle_is_verified_over_http(bundle: Path) -> None:
     """Where nothing can be listed: what the manifest names; a flipped bit is found there too."""
     with RangeServer(bundle) as server:
         access = Access(policy=RetryPolicy(attempts=2, deadline=5))
-        states = {result.name: result.state for result in verify(server.url, access, KEY)}
+        states = {result.name: result.state for result in verify(server.url, access, KEY).results}
         assert set(states.values()) == {"ok"}
         assert {"model.tensors", "config.json"} <= states.keys()
         flip(bundle / "model.tensors", -100)
@@ -274,19 +278,49 @@ def test_a_whole_bundle_is_verified_over_http(bundle: Path) -> None:
 def test_what_stands_beside_a_single_file_is_nobodys_business(bundle: Path) -> None:
     """A link that leads elsewhere, as /tmp has them."""
     (bundle / "elsewhere").symlink_to("/proc/self/environ")
-    (result,) = verify(str(bundle / "model.tensors"), ACCESS, KEY)
-    assert result.state == "ok"
+    results = verify(str(bundle / "model.tensors"), ACCESS, KEY).results
+    assert [result.state for result in results] == ["ok", "ok"]
 
 
 def test_files_that_nobody_vouches_for_are_shown(bundle: Path) -> None:
     """They are not damage, but they are not checked."""
     (bundle / "added.json").write_text("{}")
-    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY)}
+    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY).results}
     assert states["added.json"] == "unchecked"
     (bundle / MANIFEST).unlink()
-    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY)}
+    states = {r.name: r.state for r in verify(str(bundle), ACCESS, KEY, wish="tags").results}
     assert states["model.tensors"] == "ok"
-    assert states["config.json"] == "unchecked"
+    assert states["config.json"] == states[MANIFEST] == "unchecked"
+
+
+def test_sealed_tensors_without_manifest_and_digests_are_damage(bundle: Path) -> None:
+    """Every chunk is authentic, and nothing says which tensor is which."""
+    (bundle / MANIFEST).unlink()
+    message, _ = damaged(bundle)
+    assert "5 of 5 tensors are sealed, but neither" in message
+    assert "TENSORSERVE_VERIFY=tags" in message
+
+
+def test_the_line_of_the_manifest_says_which_rule_holds(bundle: Path) -> None:
+    """Authenticated; of version 1, which nobody vouches for; pinned."""
+    lines: list[str] = []
+    verify(str(bundle), ACCESS, KEY, lines.append)
+    whole = (bundle / MANIFEST).read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    assert lines[-1] == (
+        f"ok         {MANIFEST}  version 2, authenticated by the key, SHA-256 {sha256}"
+    )
+    as_version_1(bundle)
+    lines.clear()
+    verify(str(bundle), ACCESS, KEY, lines.append, wish="tags")
+    assert lines[-1].startswith(f"unchecked  {MANIFEST}  version 1, not authenticated, SHA-256 ")
+    assert lines[-1].endswith("`tensorserve sign` makes one that the key vouches for")
+    pin = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+    lines.clear()
+    verify(str(bundle), ACCESS, KEY, lines.append, pin=pin)
+    assert "version 1, the one that is asked for" in lines[-1]
+    with pytest.raises(CorruptError, match="TENSORSERVE_MANIFEST_SHA256"):
+        verify(str(bundle), ACCESS, KEY, pin=sha256)
 
 
 def test_progress_ends_at_the_size(bundle: Path) -> None:
@@ -343,8 +377,41 @@ def test_nothing_there_is_said(tmp_path: Path, web: str) -> None:
 )
 def test_a_lying_manifest_is_refused(bundle: Path, change: dict[str, object]) -> None:
     """Types and names are checked before anything is done with them."""
-    path = bundle / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    rewrite(bundle, change, KEY)
+    with pytest.raises(CorruptError, match="is not a manifest"):
+        verify(str(bundle), ACCESS, KEY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"authentication": None},
+        {"authentication": {}},
+        {"authentication": {"scheme": "none"}},
+        {"authentication": {"scheme": "hkdf-sha256, hmac-sha256", "salt": "0", "passphrase": None}},
+        {"encryption": None},
+    ],
+)
+def test_a_manifest_without_a_right_authentication_is_none(
+    bundle: Path, change: dict[str, object]
+) -> None:
+    """Not even of a bundle that calls itself plain: where there is a MAC, it is compared."""
+    rewrite(bundle, change)
+    with pytest.raises(CorruptError):
+        verify(str(bundle), ACCESS, KEY)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": "tensorserve-bundle", "format": "tensorserve-bundle"}',
+        '{"format": 1.5}',
+        '{"format": NaN}',
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_no_manifest(bundle: Path, content: str) -> None:
+    """The MAC is over what we read; another reader must not read something else."""
+    (bundle / MANIFEST).write_text(content)
     with pytest.raises(CorruptError, match="is not a manifest"):
         verify(str(bundle), ACCESS, KEY)
 
@@ -359,7 +426,6 @@ def test_what_is_no_json_object_is_no_manifest(bundle: Path, content: str) -> No
 
 def test_a_later_manifest_is_said_to_be_one(bundle: Path) -> None:
     """It is not damaged: this release is too old for it."""
-    path = bundle / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(ConfigurationError, match="version 2"):
+    rewrite(bundle, {"version": 3})
+    with pytest.raises(ConfigurationError, match="version 3"):
         verify(str(bundle), ACCESS, KEY)

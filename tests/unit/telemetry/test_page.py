@@ -88,6 +88,23 @@ def test_a_load_that_stands_still_is_told_so() -> None:
     assert (content["tone"], content["left"]) == ("warning", "–")
 
 
+@pytest.mark.parametrize(
+    ("mode", "said"), [("manifest", ""), ("none", ""), ("digests", "No auth"), ("tags", "TENSORS")]
+)
+def test_what_vouches_for_less_than_it_could_is_said_to_the_end(mode: str, said: str) -> None:
+    """Above the bar, loading and ready; a later start says it anew."""
+    start = whole_start()
+    events = [start[0], at(start[0]["t"], "verification", mode=mode), *start[1:]]
+    content = seen(events, 500.0, healthy=True)
+    assert content["caution"].startswith(said)
+    assert bool(content["caution"]) == bool(said)
+    assert ("sign" in content["caution"]) == bool(said)
+    page = Outline(render(content))
+    shown = next(a for _, a in page.elements if a.get("id") == "caution")
+    assert ("hidden" in shown) == (not said)
+    assert seen([*events, at(900, "start", start_id="b")], 901.0)["caution"] == ""
+
+
 def test_ready_is_told_with_the_seconds_it_took() -> None:
     """And the page then asks more rarely."""
     content = seen(whole_start(), 500.0, healthy=True)

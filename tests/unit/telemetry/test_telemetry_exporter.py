@@ -33,6 +33,7 @@ METRICS = {
     "tensorserve_startup_seconds": set(),
     "tensorserve_ready": set(),
     "tensorserve_load_info": {"rank", "loader"},
+    "tensorserve_verification": {"mode"},
     "tensorserve_load_size_bytes": {"rank"},
     "tensorserve_load_bytes_total": {"rank", "stage"},
     "tensorserve_load_stage_seconds_total": {"rank", "stage"},
@@ -68,6 +69,7 @@ def test_every_metric_of_the_design_is_there(tmp_path: Path, engine: Engine) -> 
     """Names and labels are a contract."""
     log = log_start(tmp_path, engine)
     log_load(log, copied=400, done=False)
+    log.emit("verification", mode="manifest")
     log.emit("failure", reason="corrupt", exit_code=65, message="m")
     with exporting(tmp_path) as client:
         families = list(parse(client.ask("/metrics")[2]))

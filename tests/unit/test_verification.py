@@ -1,0 +1,53 @@
+"""What vouches for a file, and what is compared: the whole table of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tensorserve.manifest import Manifest, TensorsEntry
+from tensorserve.verification import MODES, WARNINGS, verification_of
+
+NAME = "model.tensors"
+ENTRY = TensorsEntry(1, 1, 1, "0" * 64, "0" * 64)
+NOBODY = Manifest(files=(), tensors_files={NAME: ENTRY}, encryption=None)
+VOUCHED = replace(NOBODY, vouched_by="key")
+
+
+@pytest.mark.parametrize(
+    ("wish", "manifest", "encrypted", "mode", "digests"),
+    [
+        ("auto", VOUCHED, True, "manifest", False),
+        ("hashes", VOUCHED, True, "manifest", True),
+        ("tags", VOUCHED, True, "manifest", False),
+        ("auto", replace(NOBODY, vouched_by="pin"), True, "manifest", False),
+        ("auto", NOBODY, True, "digests", True),
+        ("hashes", NOBODY, True, "digests", True),
+        ("tags", NOBODY, True, "tags", False),
+        ("auto", None, True, "digests", True),
+        ("tags", None, True, "tags", False),
+        ("auto", None, False, "none", False),
+        ("hashes", None, False, "none", True),
+        ("auto", NOBODY, False, "none", False),
+        ("auto", replace(NOBODY, vouched_by="pin"), False, "manifest", True),
+        ("tags", replace(NOBODY, vouched_by="pin"), False, "manifest", False),
+    ],
+)
+def test_the_rule(
+    wish: str, manifest: Manifest | None, encrypted: bool, mode: str, digests: bool
+) -> None:
+    """A plain file's data is bound by its digests alone; a sealed one's by its tags."""
+    rule = verification_of(wish, manifest, NAME, encrypted=encrypted)
+    assert (rule.mode, rule.digests) == (mode, digests)
+
+
+def test_a_manifest_vouches_for_what_it_names() -> None:
+    """For another file beside it nothing does."""
+    assert verification_of("auto", VOUCHED, "other.tensors", encrypted=True).mode == "digests"
+
+
+def test_what_is_weaker_is_said_with_the_remedy() -> None:
+    """Only for encrypted weights: nobody expects more of plain ones."""
+    assert set(WARNINGS) == {"digests", "tags"} < set(MODES)
+    assert all("tensorserve sign" in text for text in WARNINGS.values())
