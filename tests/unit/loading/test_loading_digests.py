@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tensorserve.errors import CorruptError
 from tensorserve.keys import parse_key
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.reference import ReferenceStream
 from tensorserve.opening import OpenTensors, open_tensors
 from tensorserve.packing import pack
 from tensorserve.plan import make_plan
@@ -59,17 +60,36 @@ def opened_in(bundle: Path) -> OpenTensors:
     return open_tensors(str(bundle / "model.tensors"), Access(), parse_key(SECRET))
 
 
-def load(bundle: Path, options: LoadOptions) -> dict[str, torch.Tensor]:
+@pytest.fixture(params=["auto", "reference"])
+def loader(request: pytest.FixtureRequest) -> str:
+    """Who reads: ours, or tensorizer's own reader, which knows nothing of a manifest."""
+    return str(request.param)
+
+
+def load(bundle: Path, options: LoadOptions, loader: str) -> dict[str, torch.Tensor]:
     opened = opened_in(bundle)
-    try:
-        with TensorStream(
+    records, progress = opened.index.tensors, LoadProgress()
+    stream: TensorStream | ReferenceStream
+    if loader == "reference":
+        stream = ReferenceStream(
             opened.source,
-            opened.index.tensors,
+            opened.index,
+            records,
+            key=opened.key,
+            options=options,
+            progress=progress,
+        )
+    else:
+        stream = TensorStream(
+            opened.source,
+            records,
             encrypted=True,
             key=opened.key,
             options=options,
-            progress=LoadProgress(),
-        ) as stream:
+            progress=progress,
+        )
+    try:
+        with stream:
             return {record.name: tensor.clone() for record, tensor in stream}
     finally:
         opened.source.close()
@@ -82,29 +102,29 @@ def options_of(bundle: Path, shard: Shard) -> LoadOptions:
     return checked_as(LoadOptions(connections=2), shard, index, index.tensors, "the file")
 
 
-def test_tensors_with_their_digests_are_given_out(bundle: Path) -> None:
+def test_tensors_with_their_digests_are_given_out(bundle: Path, loader: str) -> None:
     """All of them, as they went in."""
     options = options_of(bundle, checked(bundle))
     assert options.verify_hashes
     assert len(options.digests) == len(TENSORS)
-    found = load(bundle, options)
+    found = load(bundle, options, loader)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_another_digest_ends_the_load(bundle: Path, number: int) -> None:
+def test_another_digest_ends_the_load(bundle: Path, number: int, loader: str) -> None:
     """Of whichever tensor."""
     options = options_of(bundle, checked(bundle))
     offset = sorted(options.digests)[number]
     options.digests[offset] = bytes(32)  # type: ignore[index]
     with pytest.raises(CorruptError, match="the sha256 that the manifest gives"):
-        load(bundle, options)
+        load(bundle, options, loader)
 
 
-def test_a_missing_digest_ends_the_load(bundle: Path) -> None:
+def test_a_missing_digest_ends_the_load(bundle: Path, loader: str) -> None:
     """What should be compared and cannot be is an error."""
     with pytest.raises(CorruptError, match="is sealed, but neither"):
-        load(bundle, LoadOptions(connections=2, verify_hashes=True))
+        load(bundle, LoadOptions(connections=2, verify_hashes=True), loader)
 
 
 def test_another_index_than_the_checked_one_is_refused(bundle: Path) -> None:
