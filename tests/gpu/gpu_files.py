@@ -1,0 +1,141 @@
+"""Which tensors the tests load, and in which files, written by tensorizer, they stand."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tensorizer import EncryptionParams, TensorSerializer
+
+from tensorserve.loading.schedule import JOB_BYTES, PART_BYTES, SMALL_BYTES
+from tensorserve.packing import pack
+from tensorserve.secret import Secret
+from tensorserve.sources import Access
+
+KEY = bytes(range(32))
+MIB = 1024**2
+# What a file is sealed in, by name; None: not at all. tensorizer's own size is 2 MiB.
+CHUNKS: dict[str, int | None] = {
+    "plain": None,
+    "2MiB": 2 * MIB,
+    "3MiB": 3 * MIB,  # does not divide a part
+    "64MiB": 64 * MIB,
+    "whole": 1024 * MIB,  # one tag for a tensor
+}
+DTYPES = (
+    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 "
+    "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+).split()
+
+Tensors = dict[str, torch.Tensor]
+
+
+def noise(count: int, seed: int = 7) -> torch.Tensor:
+    """Random bytes, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(generator=generator)
+    return words.view(torch.uint8)[:count].clone()
+
+
+def sizes() -> Tensors:
+    """Around each boundary of the way: small, part, job; and a few parts with a rest."""
+    counts = [1, 3, 1000, SMALL_BYTES, SMALL_BYTES + 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1]
+    counts += [JOB_BYTES, 5 * PART_BYTES + 3, 20 * PART_BYTES]
+    return {f"t{number}": noise(count, number) for number, count in enumerate(counts)}
+
+
+def dtypes() -> Tensors:
+    """One small and one large tensor of each dtype that tensorizer writes."""
+    made = {}
+    for number, name in enumerate(DTYPES):
+        dtype = getattr(torch, name)
+        for shape in ((3, 5, 7), (1024, 1100)):
+            count = shape[0] * shape[1] * (shape[2] if len(shape) > 2 else 1)
+            values = noise(count * dtype.itemsize, number)
+            if name == "bool":
+                values &= 1
+            made[f"{name}-{len(shape)}"] = values.view(dtype).reshape(shape)
+    made["scalar"] = torch.tensor(2.5)
+    return made
+
+
+def many() -> Tensors:
+    """Some thousand small ones."""
+    return {f"t{number}": noise(1 + number * 7 % 3000, number) for number in range(3000)}
+
+
+def empty() -> Tensors:
+    """Some without any bytes. tensorizer can neither seal them nor read bfloat16 ones."""
+    return {
+        "first": torch.empty(0),
+        "a": noise(1000),
+        "b": torch.empty((3, 0), dtype=torch.float16),
+        "c": noise(3 * PART_BYTES, 3),
+        "last": torch.empty((0, 5), dtype=torch.int8),
+    }
+
+
+def large() -> Tensors:
+    """One that is larger than any ring, and one behind it."""
+    return {"large": noise(150 * MIB + 17), "after": noise(5)}
+
+
+def equal_ones() -> Tensors:
+    """Forty of 4 MiB: memory of one is used again for another."""
+    return {f"t{number}": noise(4 * MIB, number) for number in range(40)}
+
+
+CONTENTS: dict[str, Callable[[], Tensors]] = {
+    made.__name__: made for made in (sizes, dtypes, many, empty, large, equal_ones)
+}
+
+
+class Files:
+    """`path(content, chunk)` writes a file when it is first asked for; names as above."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tensors: dict[str, Tensors] = {}
+
+    def tensors(self, content: str) -> Tensors:
+        """What was written; in host memory."""
+        if content not in self._tensors:
+            self._tensors[content] = CONTENTS[content]()
+        return self._tensors[content]
+
+    def path(self, content: str, chunk: str) -> Path:
+        """The file; with another chunk than "plain" it is sealed with KEY."""
+        path = self._directory / f"{content}-{chunk}.tensors"
+        if not path.exists():
+            half = path.with_suffix(".half")
+            write(half, self.tensors(content), chunk)
+            half.rename(path)
+        return path
+
+    def packed(self, content: str) -> Path:
+        """The same, sealed with KEY by `tensorserve pack`."""
+        directory = self._directory / f"{content}-packed"
+        if not directory.exists():
+            source = self._directory / f"{content}-source"
+            source.mkdir()
+            (source / "config.json").write_text("{}")
+            save_file(self.tensors(content), source / "model.safetensors")
+            key = Secret(base64.b64encode(KEY).decode())
+            pack(source, str(directory), access=Access(), key=key)
+        return directory / "model.tensors"
+
+
+def write(path: Path, tensors: Tensors, chunk: str) -> None:
+    """By tensorizer itself."""
+    size = CHUNKS[chunk]
+    serializer = TensorSerializer(
+        str(path), encryption=None if size is None else EncryptionParams(key=KEY)
+    )
+    if size is not None:
+        # Its default, 2 MiB, has no public setting; older versions and other writers had others.
+        serializer._crypt_chunk_size = size
+    serializer.write_state_dict(dict(tensors))
+    serializer.close()

@@ -1,0 +1,99 @@
+"""How a file is loaded onto a device: by this loader, and by tensorizer. Only this file knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_files import KEY, MIB
+from tensorizer import DecryptionParams, TensorDeserializer
+
+from tensorserve.format import FileIndex, TensorRecord, read_index
+from tensorserve.keys import GivenKey
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.staging import Staging
+from tensorserve.sources.local import LocalSource
+
+RING = 64 * MIB
+
+
+class RemoteFile(LocalSource):
+    """A file that is read as if it were behind a network."""
+
+    remote = True
+
+
+def ours(
+    source: LocalSource,
+    device: torch.device,
+    *,
+    key: bytes | None = KEY,
+    connections: int | None = 4,
+    ring: int = RING,
+    ahead: int = 64 * MIB,
+    hashes: bool = False,
+    place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
+) -> TensorStream:
+    """A context manager that gives (record, tensor), as the engine makes it for this device.
+
+    The consumer is the thread, and its stream, that calls this. With `hashes` tensors come in host
+    memory, page-locked where the device is a GPU.
+    """
+    index: FileIndex = read_index(source)
+    return TensorStream(
+        source,
+        index.tensors,
+        encrypted=index.encrypted,
+        key=GivenKey(key, "test") if index.encrypted and key is not None else None,
+        options=LoadOptions(
+            connections=connections,
+            ahead_bytes=ahead,
+            verify_hashes=hashes,
+            pinned=device.type == "cuda",
+        ),
+        progress=LoadProgress(),
+        place=place,
+        staging=None if hashes else Staging(device, ring),
+    )
+
+
+def loaded(path: Path, device: torch.device, **options: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a file, on the device, by this loader."""
+    source = LocalSource(path)
+    try:
+        with ours(source, device, **options) as stream:
+            return {record.name: tensor.to(device) for record, tensor in stream}
+    finally:
+        source.close()
+
+
+def reference(path: Path, device: torch.device, *, sealed: bool) -> dict[str, torch.Tensor]:
+    """The same by tensorizer's TensorDeserializer."""
+    encryption = DecryptionParams.from_key(KEY) if sealed else None
+    with TensorDeserializer(str(path), device=device, encryption=encryption) as deserializer:
+        return {str(name): tensor.clone() for name, tensor in deserializer.items()}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes, where it is."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Dtype, shape and every bit; compared where `found` is."""
+    return (
+        found.dtype == wanted.dtype
+        and found.shape == wanted.shape
+        and torch.equal(bits(found), bits(wanted).to(found.device))
+    )
+
+
+def different(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
+    """Names of what is missing, too much or not the same."""
+    return [
+        name
+        for name in sorted(found.keys() | wanted.keys())
+        if name not in found or name not in wanted or not same(found[name], wanted[name])
+    ]

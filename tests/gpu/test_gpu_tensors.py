@@ -1,0 +1,95 @@
+"""On the device stands what tensorizer reads, bit for bit, whatever the file is like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_files import CHUNKS, CONTENTS, MIB, Files
+from gpu_loads import RemoteFile, different, loaded, ours, reference
+
+from tensorserve.sources.local import LocalSource
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("content", [name for name in CONTENTS if name != "empty"])
+def test_as_tensorizer_reads_it(
+    files: Files, device: torch.device, content: str, chunk: str
+) -> None:
+    """Ours, the reference and what was written are the same."""
+    path = files.path(content, chunk)
+    found = loaded(path, device)
+    assert {tensor.device for tensor in found.values()} == {device}
+    assert list(found) == list(files.tensors(content))
+    assert not different(found, reference(path, device, sealed=chunk != "plain"))
+    assert not different(found, files.tensors(content))
+
+
+def test_without_any_bytes(files: Files, device: torch.device) -> None:
+    """Empty tensors: as tensorizer reads them, and sealed by `tensorserve pack`."""
+    path = files.path("empty", "plain")
+    found = loaded(path, device)
+    assert not different(found, reference(path, device, sealed=False))
+    assert not different(found, files.tensors("empty"))
+    assert not different(loaded(files.packed("empty"), device), files.tensors("empty"))
+
+
+def test_as_packed(files: Files, device: torch.device) -> None:
+    """Sealed by `tensorserve pack`: tensorizer and this loader read the same."""
+    path = files.packed("sizes")
+    found = loaded(path, device)
+    assert not different(found, reference(path, device, sealed=True))
+    assert not different(found, files.tensors("sizes"))
+
+
+@pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
+@pytest.mark.parametrize("connections", [1, 16, None])
+@pytest.mark.parametrize("ring", [0, 128 * MIB], ids=["two-slots", "128MiB"])
+@pytest.mark.parametrize("kind", [LocalSource, RemoteFile])
+def test_with_any_ring_and_number_of_threads(
+    files: Files,
+    device: torch.device,
+    kind: type[LocalSource],
+    ring: int,
+    connections: int | None,
+    chunk: str,
+) -> None:
+    """From a file and as from a network, whose strips are shorter."""
+    source = kind(files.path("sizes", chunk))
+    with ours(source, device, ring=ring, connections=connections, ahead=16 * MIB) as stream:
+        found = {record.name: tensor.clone() for record, tensor in stream}
+    assert not different(found, files.tensors("sizes"))
+
+
+@pytest.mark.parametrize("chunk", ["plain", "2MiB", "whole"])
+@pytest.mark.parametrize("content", ["sizes", "dtypes"])
+def test_a_parameters_own_memory_is_filled(
+    files: Files, device: torch.device, content: str, chunk: str
+) -> None:
+    """`place` names memory on the device; what comes is that memory."""
+    homes = {
+        name: torch.full(
+            (tensor.numel() * tensor.element_size(),), 0xA5, dtype=torch.uint8, device=device
+        )
+        for name, tensor in files.tensors(content).items()
+    }
+    source = LocalSource(files.path(content, chunk))
+    found = {}
+    with ours(source, device, place=lambda record: homes[record.name]) as stream:
+        for record, tensor in stream:
+            assert tensor.data_ptr() == homes[record.name].data_ptr()
+            found[record.name] = tensor
+    assert not different(found, files.tensors(content))
+
+
+@pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
+@pytest.mark.parametrize("content", ["sizes", "dtypes", "large"])
+def test_with_verified_hashes(files: Files, device: torch.device, content: str, chunk: str) -> None:
+    """TENSORSERVE_VERIFY=hashes: the consumer copies from page-locked host memory."""
+    source = LocalSource(files.path(content, chunk))
+    found = {}
+    with ours(source, device, hashes=True) as stream:
+        for record, tensor in stream:
+            if device.type == "cuda" and tensor.numel():
+                assert tensor.is_pinned()
+            found[record.name] = tensor.to(device, non_blocking=True, copy=True)
+    assert not different(found, files.tensors(content))
