@@ -2,7 +2,8 @@
 
     python -m bench.gpu
 
-Needs torch with CUDA, tensorizer and this package, but not vLLM. Loads are checked on the device.
+Needs torch with CUDA, tensorizer and this package; neither vLLM nor git. Loads are checked on the
+device. Ends by itself within `--minutes`. `bench/gpu-kit` brings it to a machine without network.
 """
 
 from __future__ import annotations
@@ -10,30 +11,56 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bench import results, table
+from bench.device import device_facts
 from bench.model import Model, ensure_model, parse_size
 from bench.one_run import run_alone
-from bench.places import Place
-from bench.running import Contestant, Line, run_place
+from bench.place import Place
+from bench.running import START_SECONDS, Contestant, Line, MismatchError, load, shown_option
 
-# Three files, and the tensors in memory while these are made; tmpfs is memory too.
-_COPIES = 4.5
-_READERS = ("readers", (8, 4, 16, 2, 1))
+# Two files and what is in memory while these are made; tmpfs is memory too.
+_COPIES = 4.0
+_RING = 128 * 1024**2  # the engine's, where host memory allows
+_READERS = (8, 4, 16, 2, 1)
+# The part of the time for the trials of settings.
+_TRIALS = 0.4
+# A setting that takes this much longer than the best so far is given up.
+_HOPELESS = 1.5
+# For the table, and for the end of the last load.
+_SPARE_SECONDS = 10.0
 _SEALED, _OPEN = "tensorizer-encrypted", "tensorizer-plain"
 
 
 def main() -> int:
     """Measure, print the table, write the result; 69 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="16GB", type=parse_size, help="of the model (16GB)")
-    parser.add_argument("--repetitions", default=3, type=int)
-    parser.add_argument("--directory", default=Path("/dev/shm"), type=Path, help="a tmpfs")
-    parser.add_argument("--device", default="cuda", help="cpu tries the script itself")
-    parser.add_argument("--keep", action="store_true", help="leave the model in the tmpfs")
-    parser.add_argument("--output", type=Path)
+    parser = options_parser(__doc__)
+    parser.add_argument("--repetitions", default=5, type=int, help="at most (5)")
+    parser.add_argument("--contestants", type=lambda text: text.split(","), help="only these")
     options = parser.parse_args()
+    return run_on_device(options, lambda model, place, until: run(options, model, place, until))
+
+
+def options_parser(doc: str | None) -> argparse.ArgumentParser:
+    """What all benches of a GPU can be told."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--size", default="4GB", type=parse_size, help="of the model (4GB)")
+    parser.add_argument("--minutes", default=8.0, type=float, help="the whole run, at most (8)")
+    parser.add_argument("--directory", type=Path, help="a tmpfs (/dev/shm, if it has room)")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script itself")
+    parser.add_argument("--keep", action="store_true", help="leave the model where it was made")
+    parser.add_argument("--output", type=Path, help="the JSON file")
+    return parser
+
+
+def run_on_device(options: argparse.Namespace, run: Callable[[Model, Place, float], int]) -> int:
+    """`run(model, place, until when)`'s code; 69 where there is no GPU, 75 without room."""
+    until = time.monotonic() + 60 * options.minutes - _SPARE_SECONDS
     if options.device != "cpu":
         import torch
 
@@ -44,64 +71,125 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 69
-    return run_alone(lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> int:
-    """One case; the model goes away at the end, for its memory is the machine's."""
-    directory = options.directory / "tensorserve-bench"
-    free = shutil.disk_usage(options.directory).free
-    if free < _COPIES * options.size and not directory.exists():
+    directory = _directory(options)
+    if directory is None:
         print(
-            f"{options.directory} has {free / 1e9:.1f} GB free; three files of "
-            f"{options.size / 1e9:.1f} GB and the memory to make them are needed.",
+            f"No directory has room for a model of {options.size / 1e9:.1f} GB, which takes "
+            f"{_COPIES * options.size / 1e9:.1f} GB while it is made: name one (--directory), or "
+            "take a smaller one (--size).",
             file=sys.stderr,
         )
         return 75
-    started = results.machine() | {"gpu": _gpu(options.device)}
-    try:
-        model = ensure_model(options.size, directory, bare=True)
-        place = Place(
-            "gpu", f"tmpfs to {_gpu(options.device)}", {k: str(f) for k, f in model.files.items()}
-        )
-        found = run_place(
-            place,
-            model,
-            _contestants(options.device),
-            options.repetitions,
-            lambda text: print(text, flush=True),
-        )
-    finally:
-        if not options.keep:
-            shutil.rmtree(directory, ignore_errors=True)
-    path = results.write("gpu", _content(options, started, place, model, found), options.output)
+
+    def measured() -> int:
+        with _model(options, directory) as (model, place):
+            return run(model, place, until)
+
+    return run_alone(measured)
+
+
+def run(options: argparse.Namespace, model: Model, place: Place, until: float) -> int:
+    """All contestants in turns; 1 if one of them failed. What is measured is written each round."""
+    content = describe(options, model, place)
+    path = result_path("gpu", options)
+    lines, failed = [], []
+    end_of_trials = time.monotonic() + _TRIALS * (until - time.monotonic())
+    for contestant in _contestants(options.device):
+        if options.contestants and contestant.name not in options.contestants:
+            continue
+        try:
+            lines.append(
+                Line(place.name, contestant, _best(place, model, contestant, end_of_trials))
+            )
+        except (MismatchError, RuntimeError) as error:
+            failed.append(_failure(contestant, error))
+    longest = 0.0
+    for repetition in range(options.repetitions):
+        if repetition and time.monotonic() + 1.2 * longest > until:
+            print(f"  no time for repetition {repetition + 1}", flush=True)
+            break
+        began = time.monotonic()
+        # Each in another order, so that nobody is always the one after the same neighbour.
+        turn = repetition % len(lines) if lines else 0
+        for line in [*lines[turn:], *lines[:turn]]:
+            try:
+                sample, _ = load(place, model, line.contestant, line.option, _left(until))
+                if sample is None:
+                    raise RuntimeError("there was no time for it (--minutes)")
+            except (MismatchError, RuntimeError) as error:
+                failed.append(_failure(line.contestant, error))
+                lines.remove(line)
+                continue
+            line.samples.append(sample)
+            print(
+                f"  {repetition + 1}/{options.repetitions} {sample['seconds']:8.3f} s  "
+                f"{line.contestant.label}{shown_option(line.option)}",
+                flush=True,
+            )
+        longest = max(longest, time.monotonic() - began)
+        content |= {"lines": [results.as_data(line) for line in lines], "failed": failed}
+        results.write("gpu", content, path)
     table.show(path)
-    return 0
+    for failure in failed:
+        print(f"FAILED: {failure['label']}: {failure['error']}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _content(
-    options: argparse.Namespace,
-    machine: dict[str, object],
-    place: Place,
-    model: Model,
-    found: list[Line],
-) -> dict[str, object]:
+def describe(options: argparse.Namespace, model: Model, place: Place) -> dict[str, Any]:
+    """What stands in the result of any bench of a GPU, beside its figures."""
     return {
-        "machine": machine,
+        "machine": results.machine() | {"gpu": device_facts(options.device)},
         "arguments": results.arguments(options),
         "model": {"bytes": model.bytes, "tensors": model.tensors, "digest": model.digest},
-        "cases": [{"name": place.name, "title": place.title}],
-        "lines": [results.as_data(line) for line in found],
+        "cases": [{"name": place.name, "title": place.title} | place.facts],
     }
 
 
+def result_path(kind: str, options: argparse.Namespace) -> Path:
+    """Where the result goes: known at first, written again with each round."""
+    return options.output or results.fresh_path(kind)
+
+
+def _best(place: Place, model: Model, contestant: Contestant, until: float) -> dict[str, Any]:
+    """The value of the swept option that was fastest in one load each; trials end at `until`."""
+    if contestant.sweep is None:
+        return {}
+    name, values = contestant.sweep
+    best, best_seconds = values[0], float("inf")
+    for value in values:
+        if _left(until) < 0:
+            break
+        limit = min(_left(until), _HOPELESS * best_seconds)
+        sample, _ = load(place, model, contestant, {name: value}, limit)
+        if sample is not None:
+            print(f"  trying {sample['seconds']:8.3f} s  {contestant.label}, {value} {name}")
+            if sample["seconds"] < best_seconds:
+                best, best_seconds = value, sample["seconds"]
+    return {name: best}
+
+
+def _left(until: float) -> float:
+    """Seconds for one load, beside those that a process takes to begin; negative: none."""
+    return until - time.monotonic() - START_SECONDS
+
+
+def _failure(contestant: Contestant, error: Exception) -> dict[str, str]:
+    print(f"  failed  {contestant.label}: {error}", flush=True)
+    return {"name": contestant.name, "label": contestant.label, "error": str(error)[-2000:]}
+
+
 def _contestants(device: str) -> list[Contestant]:
-    options = {"device": device, "check_on_device": True}
+    options: dict[str, Any] = {"device": device, "check_on_device": True}
     made = []
     for kind, base in (("encrypted", _SEALED), ("plain", _OPEN)):
         made += [
             Contestant(
-                f"ours-{kind}", f"this loader, {kind}", "ours", kind, options=options, base=base
+                f"ours-{kind}",
+                f"this loader, {kind}",
+                "ours",
+                kind,
+                options=options | {"ring": _RING},
+                base=base,
             ),
             Contestant(
                 base,
@@ -117,7 +205,7 @@ def _contestants(device: str) -> list[Contestant]:
                 "tensorizer_reader",
                 kind,
                 options=options,
-                sweep=_READERS,
+                sweep=("readers", _READERS),
                 base=base,
             ),
         ]
@@ -135,12 +223,43 @@ def _contestants(device: str) -> list[Contestant]:
     return made
 
 
-def _gpu(device: str) -> str:
-    if device == "cpu":
-        return "the CPU (only to try this script)"
-    import torch
+# Where the model lies -----------------------------------------------------------------------------
 
-    return torch.cuda.get_device_name(device)
+
+def _directory(options: argparse.Namespace) -> Path | None:
+    """The first that has room, and what a model was made in before."""
+    named = [options.directory] if options.directory else [Path("/dev/shm"), Path("/tmp")]
+    for directory in named:
+        below = directory / "tensorserve-bench"
+        if directory.is_dir() and (
+            below.exists() or shutil.disk_usage(directory).free > _COPIES * options.size
+        ):
+            return below
+    return None
+
+
+@contextmanager
+def _model(options: argparse.Namespace, directory: Path) -> Iterator[tuple[Model, Place]]:
+    """It goes away at the end, for its memory is the machine's."""
+    try:
+        model = ensure_model(options.size, directory, bare=True)
+        kind = _file_system(directory)
+        name = device_facts(options.device)["name"]
+        files = {k: str(file) for k, file in model.files.items() if file.exists()}
+        yield model, Place("gpu", f"{kind} to {name}", files, facts={"file_system": kind})
+    finally:
+        if not options.keep:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _file_system(path: Path) -> str:
+    """As mount(8) calls it; of what is not a tmpfs the page cache is read."""
+    best, kind = "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, at, found, *_ = line.split()
+        if path.is_relative_to(at) and len(at) >= len(best):
+            best, kind = at, found
+    return kind
 
 
 if __name__ == "__main__":

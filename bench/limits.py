@@ -21,7 +21,7 @@ from typing import Any
 from bench import places, results, table
 from bench.model import Model, ensure_model, parse_size
 from bench.one_run import run_alone
-from bench.places import Place
+from bench.place import Place
 from bench.running import Contestant, Sample, load
 from bench.usage import cpu_seconds_of, descendants
 from tensorserve.format.crypto import open_chunk, seal_chunk

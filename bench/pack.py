@@ -26,7 +26,8 @@ from bench.directories import CACHE, ROOT
 from bench.model import Model, ensure_model, parse_size
 from bench.one_run import run_alone
 from bench.page_cache import warm
-from bench.places import BUCKET, clean_environment, s3_client
+from bench.place import clean_environment
+from bench.places import BUCKET, s3_client
 from bench.running import MismatchError, Sample, end_session, measure
 from bench.writers import WriteJob
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
@@ -18,6 +16,7 @@ from urllib.parse import urlsplit
 from bench.directories import CACHE  # first: finds the demo's modules
 from bench.model import Model
 from bench.page_cache import evict, resident_share, warm
+from bench.place import Place
 from bench.slow_s3 import file_server, slow_front
 
 from certificates import PrivateCA  # isort: skip
@@ -30,21 +29,6 @@ NAMES = ("file-warm", "file-cold", "http", "https", "s3", "s3-like")
 _VOLUMES_SECONDS = 20.0
 # A file that was to be dropped and of which more than this is still there was not cold.
 _COLD_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Place:
-    """A case, ready: its servers run."""
-
-    name: str
-    title: str
-    uris: Mapping[str, str]
-    """{kind: URI}"""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    before: Callable[[str], str | None] = lambda _: None
-    """Called with the kind before each load; says what went wrong, if anything."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was found out about it, for the result."""
 
 
 @contextmanager
@@ -196,9 +180,3 @@ def _readable(client: Any, key: str) -> bool:
         else:
             return True
     return False
-
-
-def clean_environment() -> dict[str, str]:
-    """Enough to run Python; nothing of this machine's AWS or tensorserve settings."""
-    kept = "PATH HOME LANG PYTHONPATH TMPDIR LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES".split()
-    return {name: os.environ[name] for name in kept if name in os.environ}

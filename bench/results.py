@@ -110,11 +110,27 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     found["cipher"] = fastest_box().name
-    found |= dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    described = subprocess.run(words, capture_output=True, text=True, check=False)
-    found["commit"] = described.stdout.strip() or "unknown"
+    # Not with the GPU kit, which has none of them.
+    with suppress(FileNotFoundError):
+        found |= dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
+    found["commit"] = commit()
     return found
+
+
+def commit() -> str:
+    """What was measured: from git, else from the file that the GPU kit (gpu-kit) brings."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with suppress(FileNotFoundError):
+        return (ROOT / "COMMIT").read_text().strip()
+    with suppress(FileNotFoundError):
+        described = subprocess.run(words, capture_output=True, text=True, check=False)
+        return described.stdout.strip() or "unknown"
+    return "unknown"
+
+
+def fresh_path(kind: str) -> Path:
+    """Where a run's JSON goes that is written now."""
+    return RESULTS / f"{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
 
 
 def write(kind: str, content: Mapping[str, Any], path: Path | None = None) -> Path:
@@ -127,7 +143,7 @@ def write(kind: str, content: Mapping[str, Any], path: Path | None = None) -> Pa
         "versions": versions(),
         **content,
     }
-    target = path or RESULTS / f"{kind}-{now:%Y%m%d-%H%M%S}.json"
+    target = path or fresh_path(kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(whole, indent=1) + "\n")
     return target

@@ -15,10 +15,10 @@ from typing import Any
 from bench.contestants import Job
 from bench.directories import ROOT
 from bench.model import Model
-from bench.places import Place, clean_environment
+from bench.place import Place, clean_environment
 
 # Time for imports, beside the load itself.
-_START_SECONDS = 30.0
+START_SECONDS = 30.0
 # A setting that takes this much longer than the best so far is given up.
 _HOPELESS = 1.5
 _LONGEST_SECONDS = 1800.0
@@ -158,7 +158,7 @@ def measure(job: Job, environment: dict[str, str], limit: float | None = None) -
     )
     try:
         output, errors = process.communicate(
-            job.to_json(), timeout=_START_SECONDS + (limit or _LONGEST_SECONDS)
+            job.to_json(), timeout=START_SECONDS + (_LONGEST_SECONDS if limit is None else limit)
         )
     except subprocess.TimeoutExpired:
         if limit is None:

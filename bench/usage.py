@@ -18,7 +18,8 @@ class Usage:
 
     `peak_bytes` is the most that this process had resident (shared memory and mapped files are part
     of it: VmHWM, reset at the start) minus what it had at the start, plus the most that its
-    children had together, which is sampled 20 times a second.
+    children had together, which is sampled 20 times a second. So is its own where the kernel (a
+    sandbox's) cannot reset VmHWM.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,16 @@ class Usage:
         self.cpu_seconds = 0.0
         self.peak_bytes = 0
         self._children_peak = 0
+        self._own_peak = 0
+        self._resets = True
         self._stopped = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Usage:
-        (_SELF / "clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+        try:
+            (_SELF / "clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+        except OSError:
+            self._resets = False
         self._baseline = _status_bytes(_SELF, "VmRSS")
         self._sampler.start()
         self._cpu = _cpu_seconds()
@@ -40,9 +46,11 @@ class Usage:
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._started
         self.cpu_seconds = _cpu_seconds() - self._cpu
-        peak = _status_bytes(_SELF, "VmHWM")
+        peak = _status_bytes(_SELF, "VmHWM" if self._resets else "VmRSS")
         self._stopped.set()
         self._sampler.join()
+        if not self._resets:
+            peak = max(peak, self._own_peak)
         self.peak_bytes = peak - self._baseline + self._children_peak
 
     def _sample(self) -> None:
@@ -52,6 +60,8 @@ class Usage:
                 with suppress(FileNotFoundError, ProcessLookupError):
                     together += _status_bytes(Path(f"/proc/{child}"), "VmRSS")
             self._children_peak = max(self._children_peak, together)
+            if not self._resets:
+                self._own_peak = max(self._own_peak, _status_bytes(_SELF, "VmRSS"))
 
 
 def descendants(pid: int) -> list[int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from bench.contestants import Job, Loaded, synchronize
 
 if TYPE_CHECKING:
-    from tensorserve.loading import LoadProgress
+    from tensorserve.loading import LoadProgress, TensorStream
+    from tensorserve.loading.reference import ReferenceStream
     from tensorserve.opening import OpenTensors
 
 # What the loader asks for at once (loading/schedule.py).
@@ -18,6 +20,11 @@ _RANGE = 8 * 1024**2
 
 def prepare(job: Job) -> None:
     """Import everything that a load needs."""
+    if "part_bytes" in job.options:
+        # A constant of the loader: to be changed before the modules that take it are imported.
+        from tensorserve.loading import schedule
+
+        schedule.PART_BYTES = job.options["part_bytes"]
     import tensorserve.loading
     import tensorserve.opening
 
@@ -35,53 +42,65 @@ def prepare(job: Job) -> None:
 def load(job: Job) -> Loaded:
     """All tensors on the device (option `device`), or only their bytes (option `bytes_only`).
 
-    Option `connections`: else automatic. Option `loader`: `reference` reads with tensorizer's own
-    reader, as TENSORSERVE_LOADER=reference does.
+    Option `connections`: else automatic. Option `ring`: bytes of host memory that all goes through,
+    as the engine does for a GPU. Option `processors`: that the threads may run on. Option `share`:
+    (number, of how many): every so-manieth tensor only. Option `loader`: `reference` reads with
+    tensorizer's own reader, as TENSORSERVE_LOADER=reference does.
     """
-    import torch
-
-    from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-    from tensorserve.loading.staging import Staging
+    from tensorserve.loading import LoadProgress
 
     if job.options.get("bytes_only"):
         return _read_only(job)
+    began = time.perf_counter()
     progress = LoadProgress()
     opened = _open(job, progress)
-    connections = job.options.get("connections")
-    device = job.options.get("device", "cpu")
-    load_options = LoadOptions(connections=connections)
+    ready = time.perf_counter()
     try:
-        if job.options.get("loader") == "reference":
-            from tensorserve.loading.reference import ReferenceStream
-
-            stream: TensorStream | ReferenceStream = ReferenceStream(
-                opened.source,
-                opened.index,
-                opened.index.tensors,
-                key=opened.key,
-                options=load_options,
-                progress=progress,
-                device=torch.device(device),
-            )
-        else:
-            stream = TensorStream(
-                opened.source,
-                opened.index.tensors,
-                encrypted=opened.index.encrypted,
-                key=opened.key,
-                options=load_options,
-                progress=progress,
-                # As the engine does for what goes on to a GPU.
-                staging=Staging(torch.device(device), 128 * 1024**2)
-                if device.startswith("cuda")
-                else None,
-            )
+        stream = _stream(job, opened, progress)
+        made = time.perf_counter()
         with stream:
             tensors = {record.name: tensor for record, tensor in stream}
     finally:
         opened.source.close()
-    synchronize(device)
-    return Loaded(tensors)
+    synchronize(job.options.get("device", "cpu"))
+    parts = {"open": ready - began, "ring": made - ready, "load": time.perf_counter() - made}
+    return Loaded(tensors, parts=parts)
+
+
+def _stream(
+    job: Job, opened: OpenTensors, progress: LoadProgress
+) -> TensorStream | ReferenceStream:
+    import torch
+
+    from tensorserve.loading import LoadOptions, TensorStream
+    from tensorserve.loading.staging import Staging
+
+    device, ring = torch.device(job.options.get("device", "cpu")), job.options.get("ring")
+    number, count = job.options.get("share", (0, 1))
+    records = opened.index.tensors[number::count]
+    processors = frozenset(job.options.get("processors", os.sched_getaffinity(0)))
+    options = LoadOptions(connections=job.options.get("connections"), processors=processors)
+    if job.options.get("loader") == "reference":
+        from tensorserve.loading.reference import ReferenceStream
+
+        return ReferenceStream(
+            opened.source,
+            opened.index,
+            records,
+            key=opened.key,
+            options=options,
+            progress=progress,
+            device=device,
+        )
+    return TensorStream(
+        opened.source,
+        records,
+        encrypted=opened.index.encrypted,
+        key=opened.key,
+        options=options,
+        progress=progress,
+        staging=None if ring is None else Staging(device, ring),
+    )
 
 
 def _read_only(job: Job) -> Loaded:
@@ -128,7 +147,7 @@ def _open(job: Job, observer: LoadProgress | None) -> OpenTensors:
     environ["TENSORSERVE_MODEL_URI"] = job.uri
     if job.key_file:
         environ["TENSORSERVE_KEY_FILE"] = job.key_file
-    if "connections" in job.options:
+    if job.options.get("connections"):
         environ["TENSORSERVE_FETCH_CONNECTIONS"] = str(job.options["connections"])
     settings = Settings.from_environment(environ)
     return open_tensors(job.uri, access_for(settings), key_for(settings), observer=observer)

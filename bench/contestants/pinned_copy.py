@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.contestants import Job, Loaded, synchronize
 
-_PINNED = 256 * 1024**2
+_PINNED = 128 * 1024**2
 _pinned: Any = None
 
 
