@@ -33,6 +33,7 @@ test: test-unit test-faults test-attacks test-e2e ## unit, fault, attack and end
 .PHONY: test-unit
 test-unit: venv ## unit tests (a minute)
 	@$(BIN)/python -m pytest tests/unit --timeout 120
+	@GPU_TESTS_DEVICE=cpu $(BIN)/python -m pytest tests/gpu --timeout 120
 
 .PHONY: test-e2e
 test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
@@ -68,6 +69,10 @@ test-attacks: venv ## what somebody can do who writes the bucket and has no key
 .PHONY: bench
 bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (40 minutes, idle machine)
 	@$(BIN)/python -m bench
+
+.PHONY: gpu-kit
+gpu-kit: venv ## gather in .gpu-kit what a GPU machine without network needs for tests and bench
+	@$(BIN)/python bench/gpu-kit
 
 .PHONY: image
 image: ## build the image for GPU machines (BASE=… for another base image)
