@@ -49,10 +49,10 @@ def main() -> int:
     parser.add_argument("--size", default="4GB", help="of the model that the benches load")
     parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--target", type=Path, default=KIT / "site", help="where to install")
-    parser.add_argument(
-        "more", nargs="*", help="further arguments, after --: for pytest, the bench"
-    )
-    options = parser.parse_args()
+    parser.epilog = "What stands after -- goes to pytest, or to the bench."
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:end])
+    options.more = sys.argv[end + 1 :]
     until = time.monotonic() + 60 * options.minutes
     output: Path = options.output or Path(os.environ.get("OUT") or "gpu-results")
     output = output.resolve()

@@ -14,6 +14,7 @@ from gpu_files import Files, write
 from smallest_load import tensors
 
 HERE = Path(__file__).parent
+_SECONDS = 200
 _SANITIZERS = ("usr/local/cuda*/bin/compute-sanitizer", "opt/nvidia/*/compute-sanitizer")
 
 
@@ -49,7 +50,12 @@ def _smallest(under: list[str], device: torch.device, directory: Path) -> None:
     path = directory / "smallest.tensors"
     write(path, tensors(), "2MiB")
     words = [*under, sys.executable, str(HERE / "smallest_load.py"), str(path), str(device)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        if not under:
+            raise
+        pytest.skip(f"compute-sanitizer was not done in {_SECONDS} s")
     if under and "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this machine's GPU (a virtual one?)")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
