@@ -84,6 +84,7 @@ def install(target: Path) -> None:
     if mark.exists() and mark.read_text() == names:
         return
     shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)

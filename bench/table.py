@@ -61,8 +61,11 @@ def machine_line(run: Mapping[str, Any]) -> str:
         "safetensors",
         "torch",
     )
+    gpu = machine.get("gpu", {})
+    driver = f" (driver {gpu['driver']}, CUDA {gpu['driver_cuda']})" if "driver" in gpu else ""
     return (
-        f"{run['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, "
+        f"{run['date'][:10]}, {gpu['name'] + driver + ', ' if gpu else ''}"
+        f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, load average {machine['load_average']:.1f}; "
         + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     )
