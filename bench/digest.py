@@ -25,12 +25,13 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return str(total.hexdigest())
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """As `digest`, computed where the tensors are: a sum (mod 2^64) of their 32-bit words, each
+def checksum(tensors: Mapping[str, torch.Tensor], device: str | None = None) -> str:
+    """As `digest`, computed where the tensors are, or on `device`: a sum (mod 2^64) of their 32-bit words, each
     times an odd number of its own, so that a changed or moved word shows. Not cryptographic."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
+        tensor = tensor if device is None else tensor.to(device)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(flat), _PIECE):

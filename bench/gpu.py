@@ -242,7 +242,7 @@ def _directory(options: argparse.Namespace) -> Path | None:
 def _model(options: argparse.Namespace, directory: Path) -> Iterator[tuple[Model, Place]]:
     """It goes away at the end, for its memory is the machine's."""
     try:
-        model = ensure_model(options.size, directory, bare=True)
+        model = ensure_model(options.size, directory, bare=True, device=options.device)
         kind = _file_system(directory)
         name = device_facts(options.device)["name"]
         files = {k: str(file) for k, file in model.files.items() if file.exists()}

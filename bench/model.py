@@ -69,11 +69,13 @@ def parse_size(text: str) -> int:
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def ensure_model(size: int, directory: Path | None = None, *, bare: bool = False) -> Model:
+def ensure_model(
+    size: int, directory: Path | None = None, *, bare: bool = False, device: str = "cpu"
+) -> Model:
     """The model of about `size` bytes, below `directory`; whole, or not there.
 
     A bare one has no tokenizer, so that SmolLM2 and transformers are not needed, random bits for
-    weights, no safetensors file, and its digest is a `checksum`, which a GPU can compute.
+    weights, no safetensors file, and its digest is a `checksum`, computed on `device`.
     """
     target = (directory or CACHE) / f"model-{size}-{f'bare-{_BARE_LAYOUT}' if bare else LAYOUT}"
     if not (target / "model.json").exists():
@@ -81,7 +83,7 @@ def ensure_model(size: int, directory: Path | None = None, *, bare: bool = False
         shutil.rmtree(target, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:
             made = Path(temporary) / "model"
-            _make(made, size, bare=bare)
+            _make(made, size, bare=bare, device=device)
             made.rename(target)
     known = json.loads((target / "model.json").read_text())
     return Model(target, known["digest"], known["tensors"], known["bytes"])
@@ -145,7 +147,7 @@ def random_bits(size: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _make(target: Path, size: int, *, bare: bool) -> None:
+def _make(target: Path, size: int, *, bare: bool, device: str) -> None:
     print(f"making the model of {size / 1e9:.2f} GB (once) ...", flush=True)
     made = Model(target, "", 0, 0)
     made.hugging_face.mkdir(parents=True)
@@ -156,7 +158,7 @@ def _make(target: Path, size: int, *, bare: bool) -> None:
     tensors = random_bits(size) if bare else random_tensors(size)
     save_file(tensors, made.files["safetensors"], metadata={"format": "pt"})
     known = {
-        "digest": checksum(tensors) if bare else digest(tensors),
+        "digest": checksum(tensors, device) if bare else digest(tensors),
         "tensors": len(tensors),
         "bytes": data_bytes(tensors),
     }
