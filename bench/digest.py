@@ -26,8 +26,11 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], device: str | None = None) -> str:
-    """As `digest`, computed where the tensors are, or on `device`: a sum (mod 2^64) of their 32-bit words, each
-    times an odd number of its own, so that a changed or moved word shows. Not cryptographic."""
+    """As `digest`, computed where the tensors are, or on `device`.
+
+    A sum (mod 2^64) of their 32-bit words, each times an odd number of its own, so that a changed
+    or moved word shows. Not cryptographic.
+    """
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
