@@ -128,6 +128,8 @@ def surroundings(target: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "LD_LIBRARY_PATH": os.pathsep.join(libraries),
         "PYTHONUNBUFFERED": "1",
+        # That machine's own plugins are none of ours, and may not fit our pytest.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
 
 
@@ -149,7 +151,8 @@ def command(options: argparse.Namespace, result: Path, minutes: float) -> list[s
         tests = options.more or ["tests/gpu", "tests/unit/loading/test_loading_staging.py"]
         return [
             *python,
-            *("pytest", "--quiet", "--timeout", "120", "-p", "no:cacheprovider"),
+            *("pytest", "--quiet", "-p", "pytest_timeout", "--timeout", "120"),
+            *("-p", "no:cacheprovider"),
             *("-p", "bench.gpu_kit_report", "--device", options.device),
             *("--report", str(result), *tests),
         ]

@@ -24,7 +24,9 @@ def device() -> torch.device:
     if named == "cpu":
         return torch.device("cpu")
     index = torch.device(named).index
-    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if index is not None:
+        torch.cuda.set_device(index)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session")
