@@ -31,7 +31,7 @@ serve: venv ## the demo, but serving until Ctrl-C
 test: test-unit test-faults test-attacks test-e2e ## unit, fault, attack and end-to-end tests
 
 .PHONY: test-unit
-test-unit: venv ## unit tests (a minute)
+test-unit: venv ## unit tests, and those of tests/gpu that run on CPU (two minutes)
 	@$(BIN)/python -m pytest tests/unit --timeout 120
 	@GPU_TESTS_DEVICE=cpu $(BIN)/python -m pytest tests/gpu --timeout 120
 
