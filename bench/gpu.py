@@ -200,6 +200,14 @@ def _contestants(device: str) -> list[Contestant]:
                 base=base,
             ),
             Contestant(
+                f"reference-{kind}",
+                f"TENSORSERVE_LOADER=reference, {kind}",
+                "ours",
+                kind,
+                options=options | {"loader": "reference"},
+                base=base,
+            ),
+            Contestant(
                 f"{base}-best",
                 f"tensorizer, {kind}, best",
                 "tensorizer_reader",

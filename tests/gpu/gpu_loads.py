@@ -1,4 +1,7 @@
-"""How a file is loaded onto a device: by this loader, and by tensorizer. Only this file knows."""
+"""How a file is loaded onto a device: by our two readers, and by tensorizer alone.
+
+Only this file knows.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,18 @@ from tensorizer import DecryptionParams, TensorDeserializer
 from tensorserve.format import FileIndex, TensorRecord, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.reference import ReferenceStream
 from tensorserve.loading.staging import Staging
 from tensorserve.sources.local import LocalSource
 
 RING = 64 * MIB
+LOADERS = ("auto", "reference")
+# Options of `ours` that change how a tensor comes to the device.
+WAYS: dict[str, dict[str, Any]] = {
+    "two-slots": {"ring": 0},
+    "64MiB": {"ring": 64 * MIB},
+    "reference": {"loader": "reference"},
+}
 
 
 class RemoteFile(LocalSource):
@@ -34,25 +45,38 @@ def ours(
     ring: int = RING,
     ahead: int = 64 * MIB,
     hashes: bool = False,
+    loader: str = "auto",
     place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
-) -> TensorStream:
+) -> TensorStream | ReferenceStream:
     """A context manager that gives (record, tensor), as the engine makes it for this device.
 
-    The consumer is the thread, and its stream, that calls this. With `hashes` tensors come in host
-    memory, page-locked where the device is a GPU.
+    The consumer is the thread, and its stream, that calls this. `loader`: as TENSORSERVE_LOADER;
+    `ring` and `place` are for "auto". `ahead`: bytes of tensors that the consumer has not taken.
     """
     index: FileIndex = read_index(source)
+    given = GivenKey(key, "test") if index.encrypted and key is not None else None
+    options = LoadOptions(
+        connections=connections,
+        ahead_bytes=ahead,
+        verify_hashes=hashes,
+        pinned=device.type == "cuda",
+    )
+    if loader == "reference":
+        return ReferenceStream(
+            source,
+            index,
+            index.tensors,
+            key=given,
+            options=options,
+            progress=LoadProgress(),
+            device=device,
+        )
     return TensorStream(
         source,
         index.tensors,
         encrypted=index.encrypted,
-        key=GivenKey(key, "test") if index.encrypted and key is not None else None,
-        options=LoadOptions(
-            connections=connections,
-            ahead_bytes=ahead,
-            verify_hashes=hashes,
-            pinned=device.type == "cuda",
-        ),
+        key=given,
+        options=options,
         progress=LoadProgress(),
         place=place,
         staging=None if hashes else Staging(device, ring),

@@ -20,8 +20,8 @@ def main(paths: list[str]) -> None:
     last = torch.device("cuda", count - 1)
     torch.cuda.set_device(last)
     for path in paths:
-        for hashes in (False, True):
-            loaded(Path(path), last, hashes=hashes)
+        for options in ({}, {"hashes": True}, {"loader": "reference"}):
+            loaded(Path(path), last, **options)
     torch.cuda.synchronize(last)
     print(json.dumps([number for number in range(count - 1) if _has_context(number)]))
 

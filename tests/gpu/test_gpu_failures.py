@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from gpu_files import KEY, MIB, Files, Tensors
-from gpu_loads import different, loaded, ours, same
+from gpu_loads import WAYS, different, loaded, ours, same
 from gpu_work import synchronize
 
 from tensorserve.errors import CorruptError, SourceUnavailableError, TensorserveError
 from tensorserve.format import TensorRecord, read_index
 from tensorserve.loading import TensorStream
+from tensorserve.loading.reference import ReferenceStream
 from tensorserve.sources.local import LocalSource
 
 
@@ -74,7 +75,7 @@ def middle(path: Path) -> TensorRecord:
     return records[len(records) // 2]
 
 
-def take_all(made: TensorStream, found: Tensors) -> None:
+def take_all(made: TensorStream | ReferenceStream, found: Tensors) -> None:
     with made as stream:
         for record, tensor in stream:
             found[record.name] = tensor.clone()
@@ -115,60 +116,61 @@ def nothing_left(files: Files, device: torch.device) -> object:
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("ring", [0, 64 * MIB], ids=["two-slots", "64MiB"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", ["2MiB", "3MiB", "whole"])
 def test_a_flipped_bit(
-    files: Files, device: torch.device, tmp_path: Path, chunk: str, ring: int
+    files: Files, device: torch.device, tmp_path: Path, chunk: str, way: str
 ) -> None:
     """At rest: reading it again does not help."""
     path = tmp_path / "damaged.tensors"
     data = bytearray(files.path("equal_ones", chunk).read_bytes())
     data[middle(files.path("equal_ones", chunk)).data_offset + 3 * MIB] ^= 1
     path.write_bytes(data)
-    fails(files, LocalSource(path), device, CorruptError, ring=ring)
+    fails(files, LocalSource(path), device, CorruptError, **WAYS[way])
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("way", WAYS)
 def test_a_flipped_bit_that_only_a_hash_shows(
-    files: Files, device: torch.device, tmp_path: Path
+    files: Files, device: torch.device, tmp_path: Path, way: str
 ) -> None:
     """Of a plain file, with TENSORSERVE_VERIFY=hashes."""
     path = tmp_path / "damaged.tensors"
     data = bytearray(files.path("equal_ones", "plain").read_bytes())
     data[middle(files.path("equal_ones", "plain")).data_offset + 3 * MIB] ^= 1
     path.write_bytes(data)
-    fails(files, LocalSource(path), device, CorruptError, hashes=True)
+    fails(files, LocalSource(path), device, CorruptError, hashes=True, **WAYS[way])
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", ["2MiB", "64MiB"])
-def test_the_wrong_key(files: Files, device: torch.device, chunk: str) -> None:
+def test_the_wrong_key(files: Files, device: torch.device, chunk: str, way: str) -> None:
     """The engine proves the key first; the loader must not rely on that."""
     source = LocalSource(files.path("equal_ones", chunk))
-    fails(files, source, device, CorruptError, key=bytes(32))
+    fails(files, source, device, CorruptError, key=bytes(32), **WAYS[way])
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("ring", [0, 64 * MIB], ids=["two-slots", "64MiB"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", ["plain", "2MiB"])
-def test_a_source_that_breaks_off(
-    files: Files, device: torch.device, chunk: str, ring: int
-) -> None:
+def test_a_source_that_breaks_off(files: Files, device: torch.device, chunk: str, way: str) -> None:
     """In the middle of the file."""
     path = files.path("equal_ones", chunk)
     source = BreakingFile(path)
     source.breaks_at = middle(path).data_offset
-    fails(files, source, device, SourceUnavailableError, ring=ring)
+    fails(files, source, device, SourceUnavailableError, **WAYS[way])
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("chunk", ["plain", "2MiB"])
-def test_a_consumer_that_gives_up(files: Files, device: torch.device, chunk: str) -> None:
+def test_a_consumer_that_gives_up(files: Files, device: torch.device, chunk: str, way: str) -> None:
     """Its own error comes out; what is on its way to the device is waited for."""
     source = LocalSource(files.path("equal_ones", chunk))
 
     def give_up_at_the_third() -> None:
-        with ours(source, device) as stream:
+        with ours(source, device, **WAYS[way]) as stream:
             for number, _ in enumerate(stream):
                 if number == 3:
                     raise InterruptedError

