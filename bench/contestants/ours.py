@@ -99,7 +99,7 @@ def _stream(
         key=opened.key,
         options=options,
         progress=progress,
-        staging=None if ring is None else Staging(device, ring),
+        staging=None if ring is None else Staging(device, ring, processors=processors),
     )
 
 

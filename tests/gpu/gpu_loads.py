@@ -55,12 +55,7 @@ def ours(
     """
     index: FileIndex = read_index(source)
     given = GivenKey(key, "test") if index.encrypted and key is not None else None
-    options = LoadOptions(
-        connections=connections,
-        ahead_bytes=ahead,
-        verify_hashes=hashes,
-        pinned=device.type == "cuda",
-    )
+    options = LoadOptions(connections=connections, ahead_bytes=ahead, verify_hashes=hashes)
     if loader == "reference":
         return ReferenceStream(
             source,
@@ -79,7 +74,7 @@ def ours(
         options=options,
         progress=LoadProgress(),
         place=place,
-        staging=None if hashes else Staging(device, ring),
+        staging=Staging(device, ring, ahead_bytes=ahead),
     )
 
 

@@ -91,6 +91,6 @@ def test_with_verified_hashes(
     """TENSORSERVE_VERIFY=hashes: each tensor comes together in host memory first."""
     source = LocalSource(files.path(content, chunk))
     with ours(source, device, hashes=True, loader=loader) as stream:
-        # Of this loader they come in host memory, page-locked where the device is a GPU.
-        found = {record.name: tensor.to(device, copy=True) for record, tensor in stream}
+        found = {record.name: tensor.clone() for record, tensor in stream}
+    assert {tensor.device for tensor in found.values()} == {device}
     assert not different(found, files.tensors(content))
