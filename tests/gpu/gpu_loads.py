@@ -47,11 +47,12 @@ def ours(
     hashes: bool = False,
     loader: str = "auto",
     place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
+    staged: Callable[[TensorRecord], bool] = lambda _: True,
 ) -> TensorStream | ReferenceStream:
     """A context manager that gives (record, tensor), as the engine makes it for this device.
 
     The consumer is the thread, and its stream, that calls this. `loader`: as TENSORSERVE_LOADER;
-    `ring` and `place` are for "auto". `ahead`: bytes of tensors that the consumer has not taken.
+    `ring`, `place` and `staged` are for "auto". `ahead`: bytes of tensors that the consumer has not taken.
     """
     index: FileIndex = read_index(source)
     given = GivenKey(key, "test") if index.encrypted and key is not None else None
@@ -74,6 +75,7 @@ def ours(
         options=options,
         progress=LoadProgress(),
         place=place,
+        staged=staged,
         staging=Staging(device, ring, ahead_bytes=ahead),
     )
 

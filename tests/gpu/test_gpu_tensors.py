@@ -83,6 +83,18 @@ def test_a_parameters_own_memory_is_filled(
 
 
 @pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
+def test_some_stay_in_host_memory(files: Files, device: torch.device, chunk: str) -> None:
+    """As tensors do of which a rank takes a slice, between others that go on to the device."""
+    source = LocalSource(files.path("sizes", chunk))
+    with ours(source, device, ahead=32 * MIB, staged=lambda r: r.length % 2 == 0) as stream:
+        found = {record.name: tensor.clone() for record, tensor in stream}
+    wanted = files.tensors("sizes")
+    for name, tensor in wanted.items():
+        assert found[name].device == (device if len(tensor) % 2 == 0 else torch.device("cpu"))
+    assert not different(found, wanted)
+
+
+@pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
 @pytest.mark.parametrize("content", ["sizes", "dtypes", "large"])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_with_verified_hashes(
