@@ -52,7 +52,7 @@ def ours(
     """A context manager that gives (record, tensor), as the engine makes it for this device.
 
     The consumer is the thread, and its stream, that calls this. `loader`: as TENSORSERVE_LOADER;
-    `ring`, `place` and `staged` are for "auto". `ahead`: bytes of tensors that the consumer has not taken.
+    `ring`, `place`, `staged` are for "auto". `ahead`: bytes of tensors not yet taken.
     """
     index: FileIndex = read_index(source)
     given = GivenKey(key, "test") if index.encrypted and key is not None else None
