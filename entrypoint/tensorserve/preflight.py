@@ -334,7 +334,9 @@ def _shard(
     """What the loader is told of a file. Raises CorruptError where nothing could vouch for it."""
     index, source = opened.index, opened.source
     entry = manifest.tensors_files.get(name) if manifest else None
-    rule = verification_of(settings.verify, manifest, name, encrypted=index.encrypted)
+    rule = verification_of(
+        settings.verify, manifest, name, encrypted=index.encrypted, pinned=source.pinned
+    )
     if index.encrypted and rule.mode == DIGESTS and index.tensors:
         # One of them says it in time. The loader asks every tensor.
         smallest = min(index.tensors, key=lambda record: record.length)

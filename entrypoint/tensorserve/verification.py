@@ -44,11 +44,14 @@ class Verification:
 
 
 def verification_of(
-    wish: str, manifest: Manifest | None, name: str, *, encrypted: bool
+    wish: str, manifest: Manifest | None, name: str, *, encrypted: bool, pinned: bool
 ) -> Verification:
     """For file `name` of the bundle with this `manifest`, as the user wishes (one of WISHES).
 
     No wish makes an authenticated manifest needless where there is one: read_manifest saw to it.
+    Not `pinned`: the source cannot name a version of the file, so that two reads may be of two
+    versions. Tags tell it of a sealed file's tensors, digests of a plain one's; between tensors the
+    stream compares the headers (loading.TensorStream).
     """
     if manifest is not None and manifest.vouched_by and name in manifest.tensors_files:
         # It binds tags and, in plain files, digests: those are then to be compared.
@@ -56,7 +59,8 @@ def verification_of(
             MANIFEST_VOUCHES, wish == HASHES or (not encrypted and wish != TAGS_ONLY)
         )
     if not encrypted:
-        return Verification(NOTHING, wish == HASHES)  # against damage; anybody can write those
+        # Against damage and mixtures; anybody can write those.
+        return Verification(NOTHING, wish == HASHES or not pinned)
     return Verification(TAGS, False) if wish == TAGS_ONLY else Verification(DIGESTS, True)
 
 

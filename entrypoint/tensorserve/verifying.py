@@ -241,7 +241,9 @@ def _check_tensors(check: _Check, name: str) -> FileResult:
     except CorruptError as error:
         return FileResult(name, DAMAGED, error.message)
     index = opened.index
-    rule = verification_of(check.wish, manifest, name, encrypted=index.encrypted)
+    rule = verification_of(
+        check.wish, manifest, name, encrypted=index.encrypted, pinned=opened.source.pinned
+    )
     entry = manifest.tensors_files.get(name) if manifest else None
     try:
         problems = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forging import cut_digests
 from sealed_versions import ACCESS, KEY, READERS, Version, file_key, load, make_version, reading
 from two_versions import TwoVersions
 
@@ -65,6 +66,15 @@ def test_what_is_not_replaced_loads_from_such_a_source(
         key = file_key() if old.index.encrypted else None
         load(server.uri, taken, key=key, verify_hashes=key is None, reader=reader)
     assert taken == old.digests
+
+
+def test_plain_weights_without_digests_are_no_tensors_file(tmp_path: Path) -> None:
+    """Nothing else could tell two versions of them apart."""
+    path = tmp_path / "model.tensors"
+    path.write_bytes(make_version(tmp_path, 1, encrypted=False).data)
+    cut_digests(path)
+    with pytest.raises(CorruptError, match="holds no SHA-256"):
+        load(str(path), {}, key=None)
 
 
 def take(stream: Any, taken: dict[str, str], after_each: Callable[[], None]) -> None:

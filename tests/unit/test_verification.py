@@ -38,13 +38,24 @@ def test_the_rule(
     wish: str, manifest: Manifest | None, encrypted: bool, mode: str, digests: bool
 ) -> None:
     """A plain file's data is bound by its digests alone; a sealed one's by its tags."""
-    rule = verification_of(wish, manifest, NAME, encrypted=encrypted)
+    rule = verification_of(wish, manifest, NAME, encrypted=encrypted, pinned=True)
     assert (rule.mode, rule.digests) == (mode, digests)
+
+
+@pytest.mark.parametrize("wish", ["auto", "tags"])
+def test_a_plain_file_without_a_version_is_held_to_its_digests(wish: str) -> None:
+    """Two reads may be of two versions. A sealed file's tags say so by themselves."""
+    assert verification_of(wish, NOBODY, NAME, encrypted=False, pinned=False).digests
+    rule = verification_of("tags", NOBODY, NAME, encrypted=True, pinned=False)
+    assert (rule.mode, rule.digests) == ("tags", False)
 
 
 def test_a_manifest_vouches_for_what_it_names() -> None:
     """For another file beside it nothing does."""
-    assert verification_of("auto", VOUCHED, "other.tensors", encrypted=True).mode == "digests"
+    assert (
+        verification_of("auto", VOUCHED, "other.tensors", encrypted=True, pinned=True).mode
+        == "digests"
+    )
 
 
 def test_what_is_weaker_is_said_with_the_remedy() -> None:
