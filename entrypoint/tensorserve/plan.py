@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tensorserve import sources, vllm_flags
+from tensorserve.api_key import MIDDLEWARE
 from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
 from tensorserve.manifest import SHARDS, SINGLE
@@ -78,6 +79,11 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     argv += given.plain
     draft_of(tuple(argv))  # raises for what vLLM could not read
     secret_flags = dict(settings.secret_flags) | dict(given.secrets)
+    environment = _engine_environment(settings)
+    if "api-key" in secret_flags:
+        _refuse_unguarded_doors({*flags, *given.names}, dict(environment))
+        # The last one stands before all others.
+        argv.append(f"--middleware={MIDDLEWARE}")
 
     def wish(name: str) -> str | None:
         words = flags.get(name, ())
@@ -86,7 +92,7 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     secure = "ssl-certfile" in flags or "ssl-certfile" in given.names
     return LaunchPlan(
         argv=tuple(argv),
-        environment=_engine_environment(settings),
+        environment=environment,
         secret_flags=tuple(secret_flags.items()),
         bundle_uri=bundle_uri,
         tensors=tensors,
@@ -98,6 +104,22 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         port=port,
         engine=_engine(wish, argv),
     )
+
+
+def _refuse_unguarded_doors(flags: set[str], environment: Mapping[str, str]) -> None:
+    """With an API key: what serves beside the HTTP server that the key guards."""
+    for name in ("grpc", "grpc-port"):
+        if name in flags:
+            raise ConfigurationError(
+                f"--{name} serves without the API key that is set.",
+                hint=f"Leave --{name} away, or unset the key and guard the port otherwise.",
+            )
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in {"", "0", "false", "False"}:
+        raise ConfigurationError(
+            "VLLM_USE_RUST_FRONTEND takes no middleware: it would leave most of its routes open, "
+            "and an API key is set.",
+            hint="Unset VLLM_USE_RUST_FRONTEND, or unset the key and guard the port otherwise.",
+        )
 
 
 def _engine(wish: Callable[[str], str | None], argv: list[str]) -> tuple[tuple[str, object], ...]:
