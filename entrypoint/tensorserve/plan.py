@@ -14,7 +14,7 @@ from tensorserve.api_key import MIDDLEWARE
 from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
 from tensorserve.manifest import SHARDS, SINGLE
-from tensorserve.secret import Secret, redact_uri
+from tensorserve.secret import Secret, redact_text, redact_uri
 from tensorserve.settings import Settings
 
 # What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
@@ -192,9 +192,11 @@ def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
 def served_name_of(uri: str) -> str:
     """A name for clients: what follows `vllm/` in the URI (vLLM's layout), else the last part.
 
-    s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model.
+    s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model. Where
+    there is no path, the bucket's or host's name; never what stands before the host.
     """
-    path = unquote(urlsplit(uri).path) if "://" in uri else uri
+    shown = redact_uri(uri)  # a password with a "/" in it would look like a path
+    path = unquote(urlsplit(shown).path) if "://" in uri else uri
     parts = [part for part in path.split("/") if part not in {"", "."}]
     if parts and parts[-1].endswith(".tensors"):
         stem = parts.pop().removesuffix(".tensors")
@@ -202,7 +204,7 @@ def served_name_of(uri: str) -> str:
             return stem
     if "vllm" in parts[:-1]:
         return "/".join(parts[parts.index("vllm") + 1 :])
-    return parts[-1] if parts else urlsplit(uri).netloc
+    return parts[-1] if parts else urlsplit(shown).netloc.rpartition("@")[2].partition(":")[0]
 
 
 def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
@@ -213,7 +215,7 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
         "bundle": bundle,
         "weights": [sources.join(bundle, template) for template in plan.tensors],
         "model_directory": str(plan.model_dir),
-        "command": list(plan.argv),
+        "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(
             [f"--{name}" for name, _ in plan.secret_flags]
             + [
@@ -224,7 +226,8 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
             + (["s3 credentials"] if settings.s3.secret_access_key else [])
         ),
         "environment": {
-            name: redact_uri(value) if "://" in value else value for name, value in plan.environment
+            name: redact_text(redact_uri(value)) if "://" in value else value
+            for name, value in plan.environment
         },
     }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import re
 from typing import NoReturn
-from urllib.parse import urlsplit, urlunsplit
 
 REDACTED = "***"
+_QUERY = re.compile(r"[?#]")
+# As far as white space or a quote: what a program prints around a URL.
+_USER_INFO = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)[^\s"'<>?#]*@""")
 
 
 class Secret:
@@ -48,10 +51,23 @@ class Secret:
 
 
 def redact_uri(uri: str) -> str:
-    """``uri`` without what may be secret in it: user info, query (signatures) and fragment."""
-    parts = urlsplit(uri)
-    if parts.scheme not in {"http", "https", "s3"}:
+    """``uri`` without what may be secret in it: user info, query (signatures) and fragment.
+
+    Any text may be given. A password with a "/" in it ends the host in the middle of the password:
+    where an "@" follows a ":", all that stands before it is taken for user info.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.lower() == "file":
         return uri
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"{REDACTED}@{host}" if "@" in parts.netloc else host
-    return urlunsplit((parts.scheme, netloc, parts.path, REDACTED if parts.query else "", ""))
+    place, query = _QUERY.split(rest, maxsplit=1)[0], _QUERY.search(rest)
+    authority = place.partition("/")[0]
+    before, at, _ = place.rpartition("@")
+    if "@" in authority or (at and ":" in before and scheme.lower() != "s3"):
+        place = f"{REDACTED}@{place[len(before) + 1 :]}"
+    mark = "" if query is None or query[0] == "#" else f"?{REDACTED}"
+    return f"{scheme}://{place}{mark}"
+
+
+def redact_text(text: str) -> str:
+    """``text`` without the user info of the URLs in it."""
+    return _USER_INFO.sub(rf"\1{REDACTED}@", text)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tensorserve import vllm_flags
 from tensorserve.child_environment import FLAG_ALIASES, child_environment
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import REDACTED, Secret, redact_uri
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.variables import BY_NAME, VARIABLES, Variable, default_state_dir
 
 PREFIX = "TENSORSERVE_"
@@ -314,12 +314,9 @@ class _Reader:
             self._problem(
                 f"{missing} is missing while the other half of the pair is set.", "Set both."
             )
+        for name in (*AWS_ENDPOINTS, "AWS_ENDPOINT_URL_STS"):
+            self._check_endpoint(name)
         endpoint = next((self.environ[n] for n in AWS_ENDPOINTS if self.environ.get(n)), None)
-        if endpoint is not None and urlsplit(endpoint).scheme not in {"http", "https"}:
-            self._problem(
-                f"The S3 endpoint {redact_uri(endpoint)!r} is not a URL.",
-                "Use https://host:port (AWS_ENDPOINT_URL_S3).",
-            )
         return S3Settings(
             endpoint_url=endpoint,
             region=self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION") or None,
@@ -328,6 +325,27 @@ class _Reader:
             secret_access_key=secrets["AWS_SECRET_ACCESS_KEY"],
             session_token=secrets["AWS_SESSION_TOKEN"],
         )
+
+    def _check_endpoint(self, name: str) -> None:
+        endpoint = self.environ.get(name)
+        if not endpoint:
+            return
+        if "@" in endpoint:
+            # It would be sent beside the signature, and stand in the children's environment.
+            self._problem(
+                f"{name} has an @ in it: an endpoint has neither a user nor a password.",
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
+            )
+            return
+        try:
+            host_and_port(endpoint, name)
+            proper = endpoint.partition("://")[0].lower() in {"http", "https"}
+        except ConfigurationError:
+            proper = False
+        if not proper:
+            self._problem(
+                f"{name}={redact_uri(endpoint)!r} is not a URL.", "Use https://host:port."
+            )
 
 
 def handed_over(

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.sources.s3_uri import split_s3
 
 
@@ -41,18 +41,26 @@ def _text(value: str, _name: str) -> str:
 
 
 def _uri(value: str, name: str) -> str:
-    scheme = urlsplit(value).scheme if "://" in value else ""
-    if scheme not in {"", "file", "http", "https", "s3"}:
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        return value.rstrip("/") or "/"
+    scheme = scheme.lower()
+    if scheme not in {"file", "http", "https", "s3"}:
         raise ConfigurationError(
             f"{name}: the scheme {scheme!r} is not supported.",
             hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
         )
+    uri = f"{scheme}://{rest}"
     if scheme == "s3":
         try:
-            split_s3(value)
+            split_s3(uri)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}: {error.message}", hint=error.hint) from None
-    return value.rstrip("/") if not urlsplit(value).query else value
+    if scheme in {"http", "https"}:
+        host_and_port(uri, name)
+        if "?" in rest:
+            return uri  # a signature may end with a "/"
+    return f"{scheme}://{rest.rstrip('/') or '/'}"
 
 
 def _port(value: str, name: str) -> int:

@@ -93,6 +93,12 @@ def test_short_flags_and_negative_numbers_are_understood() -> None:
         ("https://host/a/vllm/org/model/v2?sig=secret", "org/model/v2"),
         ("s3://bucket", "bucket"),
         ("weights.tensors", "weights"),
+        ("https://user:PW@host", "host"),
+        ("https://user:PW@host:8443/", "host"),
+        ("https://PW@host/?sig=PW", "host"),
+        ("https://user:PW@host/org/model", "model"),
+        ("https://user:1/PW@host", "host"),
+        ("https://user:1/PW/vllm/PW@host/m", "m"),
     ],
 )
 def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
@@ -166,6 +172,32 @@ def test_the_description_holds_no_secret() -> None:
     }
     settings = Settings.from_environment(environ)
     assert "canary" not in json.dumps(describe(make_plan(settings), settings))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://user:canary@host/vllm/m",
+        "https://canary@host",
+        "https://user:1/canary@host",
+        "https://user:canary@host/m.tensors?sig=canary#canary",
+        "HTTPS://user:canary@host/m",
+    ],
+)
+def test_no_credential_of_a_uri_is_in_the_plan(uri: str) -> None:
+    """Neither in what is printed, nor in vLLM's arguments, nor in its environment."""
+    environ = {
+        "TENSORSERVE_MODEL_URI": uri,
+        "TENSORSERVE_VLLM_OTLP_TRACES_ENDPOINT": "http://u:canary@collector:4317",
+        "TENSORSERVE_PASS_ENV": "HTTPS_PROXY",
+        "HTTPS_PROXY": "http://u:canary@proxy:3128",
+    }
+    settings = Settings.from_environment(environ)
+    plan = make_plan(settings)
+    assert "canary" not in json.dumps(describe(plan, settings))
+    # What the user hands to vLLM by name is the user's; the rest is ours.
+    ours = [word for word in plan.argv if "collector" not in word]
+    assert "canary" not in " ".join(ours)
 
 
 def test_adapters_are_handed_to_vllm() -> None:

@@ -57,6 +57,25 @@ def test_every_mistake_is_reported_at_once() -> None:
     assert len(found) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TENSORSERVE_MODEL_URI", "https://user:ca/nary@host/m"),
+        ("TENSORSERVE_MODEL_URI", "https://user:canary@[::1/m"),
+        ("TENSORSERVE_MODEL_URI", "s3://user:canary@bucket/m"),
+        ("TENSORSERVE_MODEL_URI", "ftp://user:canary@host/m"),
+        ("AWS_ENDPOINT_URL_S3", "https://user:canary@host"),
+        ("AWS_ENDPOINT_URL_STS", "https://user:canary@host"),
+        ("S3_ENDPOINT_URL", "user:canary@host"),
+    ],
+)
+def test_a_wrong_uri_is_refused_without_its_credentials(name: str, value: str) -> None:
+    """The message is printed, and stands in the container's log."""
+    message = only_problem(URI | {name: value})
+    assert name.replace("S3_ENDPOINT_URL", "ENDPOINT") in message or "endpoint" in message
+    assert "nary" not in message
+
+
 def test_a_secret_and_its_file_exclude_each_other(tmp_path: Path) -> None:
     """Which of two values would win is never guessed."""
     file = tmp_path / "key"

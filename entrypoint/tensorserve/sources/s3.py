@@ -18,6 +18,7 @@ from tensorserve.errors import (
     PermissionDeniedError,
     SourceUnavailableError,
 )
+from tensorserve.secret import redact_text
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access
 from tensorserve.sources.http import HttpSource
 from tensorserve.sources.retry import TryAgain
@@ -50,11 +51,12 @@ def _provider_errors() -> Iterator[None]:
         yield
     except HTTPClientError as error:
         raise TryAgain(
-            "credentials", f"the credentials' provider cannot be reached: {error}"
+            "credentials", f"the credentials' provider cannot be reached: {redact_text(str(error))}"
         ) from error
     except (BotoCoreError, ClientError) as error:  # ClientError: what STS answers
         raise PermissionDeniedError(
-            f"The AWS credentials could not be had or renewed: {error}.", hint=_NO_CREDENTIALS_HINT
+            f"The AWS credentials could not be had or renewed: {redact_text(str(error))}.",
+            hint=_NO_CREDENTIALS_HINT,
         ) from error
 
 
@@ -82,7 +84,8 @@ class S3Account:
             region = access.region or session.get_config_variable("region")
         except BotoCoreError as error:
             raise PermissionDeniedError(
-                f"The AWS credentials could not be had: {error}.", hint=_NO_CREDENTIALS_HINT
+                f"The AWS credentials could not be had: {redact_text(str(error))}.",
+                hint=_NO_CREDENTIALS_HINT,
             ) from error
         if self._credentials is None:
             raise PermissionDeniedError(
@@ -292,7 +295,8 @@ def list_s3(uri: str, access: Access) -> dict[str, int]:
     except ClientError as error:
         raise s3_error(error, uri, bucket, account.region) from error
     except BotoCoreError as error:
-        raise SourceUnavailableError(f"{uri} could not be listed: {error}.") from error
+        text = redact_text(str(error))
+        raise SourceUnavailableError(f"{uri} could not be listed: {text}.") from error
     return found
 
 
