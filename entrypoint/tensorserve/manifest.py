@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tensorserve import sources
+from tensorserve.bounded_json import read_json
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import HF, LAYOUTS, VLLM, Fingerprint
 from tensorserve.format import FileIndex
@@ -23,7 +24,11 @@ MANIFEST = "manifest.json"
 SINGLE, SHARDS = "model.tensors", "model-rank-%03d.tensors"
 FORMAT = "tensorserve-bundle"
 VERSION = 1
-MAX_MANIFEST_BYTES = 64 * 1024**2
+# Some 100,000 tensors' digests. What JSON says in a byte takes up to 25 in memory.
+MAX_MANIFEST_BYTES = 16 * 1024**2
+# Of one file, and of all tensors: four pebibytes, and far from what a Python float rounds.
+_MOST_BYTES = 2**52
+_MOST_FILES = 10_000
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _REPLACED_HINT = (
     "The file was replaced or damaged after the bundle was packed, or manifest.json belongs to "
@@ -113,7 +118,7 @@ def read_manifest(bundle_uri: str, access: Access) -> Manifest | None:
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """The manifest in `data`, which came from `name`. Raises as read_manifest does."""
     try:
-        document = _Fields(json.loads(data), "the document")
+        document = _Fields(read_json(data), "the document")
         if document.text("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         version, layout = document.natural("version"), document.text("layout")
@@ -144,7 +149,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
             made_by={k: str(v) for k, v in document.mapping("made_by").items()},
             fingerprint=fingerprint,
         )
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptError(
             f"{name} is not a manifest: {error}.", hint="Pack the bundle again."
         ) from error
@@ -211,23 +216,23 @@ class _Fields:
             raise self._bad(name, "a SHA-256 in hex")
         return value
 
-    def natural(self, name: str) -> int:
+    def natural(self, name: str, most: int = _MOST_BYTES) -> int:
         value = self.get(name)
         # bool is an int in Python, not in JSON.
-        if type(value) is not int or value < 0:
-            raise self._bad(name, "a natural number")
+        if type(value) is not int or not 0 <= value <= most:
+            raise self._bad(name, f"a whole number from 0 to {most}")
         return value
 
     def items(self, name: str) -> list[object]:
         value = self.get(name)
-        if not isinstance(value, list):
-            raise self._bad(name, "a list")
+        if not isinstance(value, list) or len(value) > _MOST_FILES:
+            raise self._bad(name, f"a list of at most {_MOST_FILES}")
         return value
 
     def mapping(self, name: str) -> dict[str, object]:
         value = self.get(name)
-        if not isinstance(value, dict):
-            raise self._bad(name, "an object")
+        if not isinstance(value, dict) or len(value) > _MOST_FILES:
+            raise self._bad(name, f"an object of at most {_MOST_FILES} members")
         return value
 
 

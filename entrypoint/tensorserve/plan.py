@@ -13,12 +13,15 @@ from tensorserve import sources, vllm_flags
 from tensorserve.api_key import MIDDLEWARE
 from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
+from tensorserve.fingerprint import MOST_RANKS
 from tensorserve.manifest import SHARDS, SINGLE
 from tensorserve.secret import Secret, redact_text, redact_uri
 from tensorserve.settings import Settings
 
 # What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
 SHARD_PATTERN = re.compile(r"%0\dd")
+# Few enough digits for int(), which refuses more than 4,300 in its own words.
+_WHOLE = re.compile(r"[0-9]{1,18}")
 # What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_LORA_RANK = 16
@@ -54,7 +57,15 @@ class LaunchPlan:
         """The files that `template` means: one a rank, or the one file of all ranks."""
         if not SHARD_PATTERN.search(template):
             return (template,)
-        return tuple(template % rank for rank in range(self.tensor_parallel_size))
+        return tuple(shard_name(template, rank) for rank in range(self.tensor_parallel_size))
+
+
+def shard_name(template: str, rank: int) -> str:
+    """The file of `rank`; a template without a pattern is the name of all ranks' file.
+
+    Not by the % operator: a name may have other percent signs in it.
+    """
+    return SHARD_PATTERN.sub(lambda found: found[0] % rank, template)
 
 
 def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan:
@@ -244,9 +255,9 @@ def _reachable(host: str) -> str:
 def _positive(text: str | None, name: str) -> int:
     if text is None:
         return 1
-    if text.isdecimal() and int(text) > 0:
+    if _WHOLE.fullmatch(text) and 0 < int(text) <= MOST_RANKS:
         return int(text)
-    raise ConfigurationError(f"{name} {text!r} is not a whole number above 0.")
+    raise ConfigurationError(f"{name} {text[:40]!r} is not a whole number from 1 to {MOST_RANKS}.")
 
 
 def _engine_environment(settings: Settings) -> tuple[tuple[str, str], ...]:
@@ -311,9 +322,9 @@ class _GivenArguments:
         text = self.value("port")
         if text is None:
             return default
-        if text.isdecimal() and 0 < int(text) < 65536:
+        if _WHOLE.fullmatch(text) and 0 < int(text) < 65536:
             return int(text)
-        raise ConfigurationError(f"--port {text!r} is not a port.", hint="Use 1 to 65535.")
+        raise ConfigurationError(f"--port {text[:40]!r} is not a port.", hint="Use 1 to 65535.")
 
 
 def _is_number(word: str) -> bool:

@@ -27,7 +27,7 @@ from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import Manifest, check_index, read_manifest
 from tensorserve.opening import OpenTensors, access_for, key_for, open_tensors
-from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
+from tensorserve.plan import SHARD_PATTERN, LaunchPlan, shard_name, wants_adapters
 from tensorserve.prefetching import may_share
 from tensorserve.ranks import Ranks, has_flag, ranks_of
 from tensorserve.secret import redact_uri
@@ -440,7 +440,7 @@ def _first_shard(
             continue
         if not SHARD_PATTERN.search(template):
             return template, opened
-        beyond = sources.join(plan.bundle_uri, template % plan.tensor_parallel_size)
+        beyond = sources.join(plan.bundle_uri, shard_name(template, plan.tensor_parallel_size))
         try:
             sources.open_source(beyond, access).close()
         except NotFoundError:
