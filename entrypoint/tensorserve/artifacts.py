@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from tensorserve import sources
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.manifest import MANIFEST, Manifest
 from tensorserve.secret import redact_uri
@@ -117,17 +118,9 @@ def fetch_artifacts(
 
 def resolve_below(root: Path, name: str) -> Path:
     """`root/name`, if that lies below `root`. Raises CorruptError for others."""
-    pure = PurePosixPath(name)
-    bad = (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or pure.is_absolute()
-        or any(part in {"", ".", ".."} for part in name.split("/"))
-    )
-    if bad:
+    if leaves_bundle(name):
         raise CorruptError(f"The bundle names a file outside its own directory: {name!r}.")
-    target = root.joinpath(*pure.parts)
+    target = root.joinpath(*PurePosixPath(name).parts)
     if not target.parent.resolve().is_relative_to(root.resolve()):
         raise CorruptError(f"The bundle's file {name!r} would be written through a link.")
     return target

@@ -16,6 +16,7 @@ from typing import Any
 
 from tensorserve.artifacts import MAX_FILE_BYTES, MAX_TOTAL_BYTES, WEIGHT_SUFFIXES
 from tensorserve.bounded_json import read_json
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.dtypes import ITEM_SIZES
 from tensorserve.manifest import MANIFEST
@@ -272,6 +273,7 @@ def _small_files(directory: Path, weights: set[str]) -> tuple[dict[str, int], tu
                 name.endswith((*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES))
                 or name.lower().endswith(_LEFT_OUT_SUFFIXES)
                 or name == MANIFEST
+                or leaves_bundle(name)  # no manifest may name it
                 or size > MAX_FILE_BYTES
             )
             if taken:

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from tensorserve import sources
 from tensorserve.bounded_json import read_json
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import HF, LAYOUTS, VLLM, Fingerprint
 from tensorserve.format import FileIndex
@@ -257,15 +257,7 @@ def _encryption(fields: _Fields) -> Encryption:
 
 def _relative(name: str) -> str:
     """`name`, if it stays below the bundle's directory."""
-    bad = (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or PurePosixPath(name).is_absolute()
-        or any(part in {"", ".", ".."} for part in name.split("/"))
-        or name == MANIFEST
-    )
-    if bad:
+    if leaves_bundle(name) or name == MANIFEST:
         raise ValueError(f"it names a file outside of the bundle, or itself: {name!r}")
     name.encode()  # a lone surrogate, which JSON can carry, is no name
     return name

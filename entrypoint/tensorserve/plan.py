@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from tensorserve import sources, vllm_flags
+from tensorserve import vllm_flags
 from tensorserve.api_key import MIDDLEWARE
 from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
@@ -189,15 +189,42 @@ def _flag_of(word: str) -> str:
 
 
 def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
-    """(directory of the bundle, candidate names of the weights in it)."""
-    parts = urlsplit(uri)
-    path = parts.path if "://" in uri else uri
-    if not path.endswith(".tensors"):
+    """(directory of the bundle, candidate names of the weights in it, decoded).
+
+    Raises ConfigurationError for a template that names the rank twice, or a name with an encoded
+    slash, which no file has.
+    """
+    encoded = uri.startswith(("http://", "https://", "file://"))
+    query = ""
+    place = uri
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        place = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+        query = f"?{parts.query}" if parts.query else ""
+    if not place.endswith(".tensors"):
         return uri, (SINGLE, SHARDS)
-    directory, _, name = path.rpartition("/")
+    directory, slash, name = place.rpartition("/")
+    if len(SHARD_PATTERN.findall(name)) > 1:
+        raise ConfigurationError(
+            f"{redact_uri(uri)}: the name has two places for a rank.",
+            hint="For example model-rank-%03d.tensors.",
+        )
+    if encoded:
+        # "%03d" stands for a rank: it is not an encoded character.
+        pieces = [unquote(piece) for piece in SHARD_PATTERN.split(name)]
+        name = "".join(
+            part
+            for pair in zip(pieces, [*SHARD_PATTERN.findall(name), ""], strict=True)
+            for part in pair
+        )
+        if "/" in name:
+            raise ConfigurationError(
+                f"{redact_uri(uri)}: the file's name has an encoded slash (%2F).",
+                hint="Give the URL of a directory, with the file's own name behind it.",
+            )
     if "://" not in uri:
-        return directory or (".", "/")[path.startswith("/")], (name,)
-    return parts._replace(path=directory).geturl(), (name,)
+        directory = directory or ("/" if slash else ".")
+    return directory + query, (name,)
 
 
 def served_name_of(uri: str) -> str:
@@ -224,7 +251,7 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
     return {
         "settings": dict(settings.shown()),
         "bundle": bundle,
-        "weights": [sources.join(bundle, template) for template in plan.tensors],
+        "weights": list(plan.tensors),
         "model_directory": str(plan.model_dir),
         "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(

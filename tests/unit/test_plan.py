@@ -114,6 +114,13 @@ def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
         ("/m/x.tensors", "/m", ("x.tensors",)),
         ("https://h/m/x.tensors?sig=1", "https://h/m?sig=1", ("x.tensors",)),
         ("s3://b/m/r-%03d.tensors", "s3://b/m", ("r-%03d.tensors",)),
+        ("https://h/m/r-%03d.tensors", "https://h/m", ("r-%03d.tensors",)),
+        ("https://h/a%20b/x%20%23%25%3F-%03d.tensors", "https://h/a%20b", ("x #%?-%03d.tensors",)),
+        ("file:///a%20b/x%20y.tensors", "file:///a%20b", ("x y.tensors",)),
+        ("file:///a?b#c/x.tensors", "file:///a?b#c", ("x.tensors",)),
+        ("s3://b/m?#%20/x%20y.tensors", "s3://b/m?#%20", ("x%20y.tensors",)),
+        ("/x.tensors", "/", ("x.tensors",)),
+        ("x.tensors", ".", ("x.tensors",)),
     ],
 )
 def test_a_uri_names_a_bundle_or_one_file_of_it(
@@ -121,6 +128,15 @@ def test_a_uri_names_a_bundle_or_one_file_of_it(
 ) -> None:
     """Both forms lead to the same bundle."""
     assert split_model_uri(uri) == (directory, names)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://b/%03d%03d.tensors", "https://h/a%03d-%02d.tensors", "https://h/a%2Fb.tensors"]
+)
+def test_a_name_that_names_no_file_is_refused(uri: str) -> None:
+    """Two ranks in one name, or a slash within one."""
+    with pytest.raises(ConfigurationError):
+        split_model_uri(uri)
 
 
 def test_shards_are_one_file_a_rank() -> None:
