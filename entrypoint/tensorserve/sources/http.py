@@ -29,6 +29,7 @@ from tensorserve.sources.base import (
     RetryPolicy,
     Unobserved,
 )
+from tensorserve.sources.library_logs import hold_back
 from tensorserve.sources.parts import Filling, ReadsParts
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
 from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
@@ -78,6 +79,7 @@ class HttpSource(ReadsParts):
         name: str | None = None,
         ca_bundle: str | None = None,
     ) -> None:
+        hold_back()
         host_and_port(url, name or "The model's address")
         self._url, self._authorization = _without_user_info(url)
         self._origin = _origin(self._url)

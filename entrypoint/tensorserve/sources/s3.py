@@ -21,6 +21,7 @@ from tensorserve.errors import (
 from tensorserve.secret import redact_text
 from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access, Unobserved
 from tensorserve.sources.http import HttpSource
+from tensorserve.sources.library_logs import hold_back
 from tensorserve.sources.retry import Attempts, TryAgain
 from tensorserve.sources.s3_uri import split_s3
 
@@ -77,6 +78,7 @@ class S3Account:
         import botocore.session
         from botocore.exceptions import BotoCoreError
 
+        hold_back()
         self._access = access
         self._lock = threading.Lock()
         self.generation = 0
