@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -15,19 +14,25 @@ from typing import Any
 
 from tensorserve import __version__
 from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
+from tensorserve.linux import hide_memory, no_core_files
 
 SIGINT_CODE = 130
+# Others open what is in these processes' memory (handoff.py), or in what is forked from them.
+_HAND_OVER = frozenset({"up", "serve", "engine", "pack"})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; give the process's exit code."""
     words = sys.argv[1:] if argv is None else argv
-    # A core file would hold keys and weights in plain text.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A core would hold keys and weights in plain text.
+    no_core_files()
     if words[:1] == ["container"]:
         words = _container_words(words[1:])
     try:
-        return _run(_Parser.parse(words), os.environ)
+        options = _Parser.parse(words)
+        if options.command not in _HAND_OVER:
+            hide_memory()
+        return _run(options, os.environ)
     except ConfigurationError as error:
         for problem in (*error.problems, *_notes(error)):
             _complain(problem)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from tensorserve.linux import hide_memory
 from tensorserve.settings import HANDOFF_VARIABLE
 from tensorserve.start import receive_start
 from tensorserve.telemetry import EventLog, events_path, fold, read_events
@@ -33,6 +34,8 @@ def run_engine(serve: Callable[[], int]) -> int:
         # A group of its own: the engine's workers are ended with it.
         os.setpgid(0, 0)
         os._exit(_guarded(serve))
+    # After the fork: the child hands over what its own children open.
+    hide_memory()
     deadline: float | None = None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
