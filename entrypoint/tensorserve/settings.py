@@ -247,6 +247,15 @@ class _Reader:
     def _check_key(self, key: Secret) -> None:
         from tensorserve.keys import parse_key
 
+        if "TENSORSERVE_KEY" in self.environ and len(key.reveal()) == 32:
+            # Handed over from a file it is hex by now.
+            self._problem(
+                f"The key from {key.origin} is 32 characters of text: a key is 64 hex digits, or "
+                "base64 of 32 bytes.",
+                "If it is a passphrase, set TENSORSERVE_PASSPHRASE instead. 32 raw bytes are taken "
+                "from a file alone: TENSORSERVE_KEY_FILE.",
+            )
+            return
         try:
             parse_key(key)
         except ConfigurationError as error:

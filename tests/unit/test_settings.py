@@ -95,6 +95,21 @@ def test_a_key_file_is_raw_or_text_with_a_newline(tmp_path: Path, content: bytes
     assert str(file) in settings.key.origin
 
 
+@pytest.mark.parametrize("text", ["correct horse battery staple 123", "0" * 32, "é" * 16])
+def test_32_characters_in_a_variable_are_no_key(tmp_path: Path, text: str) -> None:
+    """A passphrase of that length would be taken for a key that everybody can guess."""
+    message = only_problem(URI | {"TENSORSERVE_KEY": text})
+    assert "TENSORSERVE_PASSPHRASE" in message
+    assert text not in message
+    file = tmp_path / "key"
+    file.write_text(text)
+    settings = Settings.from_environment(URI | {"TENSORSERVE_KEY_FILE": str(file)})
+    environment, origins = handed_over(URI, settings)
+    again = Settings.from_environment(environment, origins)
+    assert again.key is not None
+    assert bytes.fromhex(again.key.reveal_text()) == text.encode()
+
+
 def test_a_key_of_the_wrong_length_is_refused_without_showing_it() -> None:
     """The message helps, and does not leak."""
     message = only_problem(URI | {"TENSORSERVE_KEY": "hunter2hunter2"})
