@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorserve import __version__
 from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
-from tensorserve.linux import hide_memory, no_core_files
+from tensorserve.linux import end_with_parent, hide_memory, no_core_files
 
 SIGINT_CODE = 130
 # Others open what is in these processes' memory (handoff.py), or in what is forked from them.
@@ -181,6 +181,7 @@ def _engine(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
 
 
 def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    end_with_parent()
     from tensorserve.telemetry.exporter import serve_exporter
 
     serve_exporter(
@@ -192,6 +193,7 @@ def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _watch(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    end_with_parent()
     from tensorserve.supervise import watch
 
     watch(environ)

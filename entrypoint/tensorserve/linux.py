@@ -7,6 +7,9 @@ import errno
 import mmap
 import os
 import resource
+import select
+import signal
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
@@ -14,7 +17,7 @@ from functools import cache
 FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 MADV_POPULATE_WRITE = 23  # Linux 5.14, linux/mman.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-PR_SET_DUMPABLE, PR_GET_DUMPABLE = 4, 3  # linux/prctl.h
+PR_SET_DUMPABLE, PR_GET_DUMPABLE, PR_SET_PDEATHSIG = 4, 3, 1  # linux/prctl.h
 _PAGE = mmap.PAGESIZE
 
 
@@ -58,6 +61,43 @@ def hide_memory() -> None:
     if _libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def end_with_parent() -> None:
+    """SIGKILL for this process when the thread that made it ends; kept across exec, not by forks.
+
+    So it is for children that a main thread makes. A parent that is gone already is not noticed.
+    """
+    if _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+class Watched:
+    """Another process, of which one learns when it has ended."""
+
+    def __init__(self, pid: int) -> None:
+        self._descriptor: int | None = None
+        self._ended = False
+        try:
+            self._descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ended = True
+        except OSError:
+            return  # no such call here (a sandbox): then nobody tells
+        self._poll = select.poll()
+        if self._descriptor is not None:
+            self._poll.register(self._descriptor, select.POLLIN)
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it has; waits for it at most so long, and less where a signal handler runs."""
+        if self._ended:
+            return True
+        if self._descriptor is None:
+            time.sleep(seconds)
+        else:
+            self._ended = bool(self._poll.poll(seconds * 1000))
+        return self._ended
 
 
 def run_on(processors: Collection[int]) -> None:

@@ -17,6 +17,7 @@ class MemoryGroup:
 
     limit: int | None = None  # bytes
     used: int | None = None  # bytes
+    peak: int | None = None  # bytes, the most that were in use; needs Linux 5.19 in version 2
     kills: int | None = None
     """Processes that the kernel has ended for lack of memory, here and below, ever."""
 
@@ -38,11 +39,13 @@ def memory_group(root: Path = CGROUPS) -> MemoryGroup:
         if (limit := _text(directory / "memory.max")) is not None:
             used = _number(_text(directory / "memory.current"))
             kills = _count(_text(directory / "memory.events"), "oom_kill")
-            return MemoryGroup(_number(limit), used, kills)
+            peak = _number(_text(directory / "memory.peak"))
+            return MemoryGroup(_number(limit), used, peak, kills)
         if (limit := _text(directory / "memory.limit_in_bytes")) is not None:
             used = _number(_text(directory / "memory.usage_in_bytes"))
             kills = _count(_text(directory / "memory.oom_control"), "oom_kill")
-            return MemoryGroup(_number(limit), used, kills)
+            peak = _number(_text(directory / "memory.max_usage_in_bytes"))
+            return MemoryGroup(_number(limit), used, peak, kills)
     return MemoryGroup()
 
 
