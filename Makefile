@@ -61,6 +61,10 @@ test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
 test-faults: venv ## every fault of the source, the network and the machine, on real sockets
 	@$(BIN)/python -m pytest tests/faults --timeout 120
 
+.PHONY: test-fuzz
+test-fuzz: venv ## a minute of changed manifests, settings, URIs and indexes: none may end in a traceback
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds 60
+
 .PHONY: bench
 bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (40 minutes, idle machine)
 	@$(BIN)/python -m bench

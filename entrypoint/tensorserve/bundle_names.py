@@ -30,6 +30,7 @@ def _is_bad(name: str) -> bool:
         or "\\" in name
         # A line break in a name could forge a line of a log.
         or any(ord(character) < 32 or ord(character) == 127 for character in name)
+        or any(0xD800 <= ord(character) <= 0xDFFF for character in name)  # bytes, not UTF-8
         or PurePosixPath(name).is_absolute()
         or any(part in {"", ".", ".."} for part in name.split("/"))
     )

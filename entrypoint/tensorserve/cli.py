@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -24,6 +25,10 @@ _HAND_OVER = frozenset({"up", "serve", "engine", "pack"})
 def main(argv: list[str] | None = None) -> int:
     """Run one command; give the process's exit code."""
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What is printed may name a file whose name is not UTF-8.
+            stream.reconfigure(errors="backslashreplace")
     # A core would hold keys and weights in plain text.
     no_core_files()
     if words[:1] == ["container"]:

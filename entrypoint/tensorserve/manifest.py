@@ -259,5 +259,4 @@ def _relative(name: str) -> str:
     """`name`, if it stays below the bundle's directory."""
     if leaves_bundle(name) or name == MANIFEST:
         raise ValueError(f"it names a file outside of the bundle, or itself: {name!r}")
-    name.encode()  # a lone surrogate, which JSON can carry, is no name
     return name

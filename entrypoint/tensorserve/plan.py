@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 from tensorserve import vllm_flags
 from tensorserve.api_key import MIDDLEWARE
@@ -25,6 +25,8 @@ _WHOLE = re.compile(r"[0-9]{1,18}")
 # What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_LORA_RANK = 16
+# What is served where its place has no name ("/").
+_NAMELESS = "model"
 # vLLM's other names for dtypes (vllm/config/model.py, 0.32.0); "auto" is decided by vLLM.
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -195,15 +197,16 @@ def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
     slash, which no file has.
     """
     encoded = uri.startswith(("http://", "https://", "file://"))
+    scheme, separator, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     query = ""
-    place = uri
-    if uri.startswith(("http://", "https://")):
-        parts = urlsplit(uri)
-        place = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
-        query = f"?{parts.query}" if parts.query else ""
-    if not place.endswith(".tensors"):
+    if scheme in {"http", "https"}:  # elsewhere "?" and "#" are characters of a name
+        rest, _, _ = rest.partition("#")
+        rest, mark, query = rest.partition("?")
+        query = mark + query
+    directory, slash, name = rest.rpartition("/")
+    # "https://x.tensors" and "s3://x.tensors" are a host and a bucket.
+    if not name.endswith(".tensors") or (separator and not slash):
         return uri, (SINGLE, SHARDS)
-    directory, slash, name = place.rpartition("/")
     if len(SHARD_PATTERN.findall(name)) > 1:
         raise ConfigurationError(
             f"{redact_uri(uri)}: the name has two places for a rank.",
@@ -222,9 +225,9 @@ def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
                 f"{redact_uri(uri)}: the file's name has an encoded slash (%2F).",
                 hint="Give the URL of a directory, with the file's own name behind it.",
             )
-    if "://" not in uri:
+    if not separator:
         directory = directory or ("/" if slash else ".")
-    return directory + query, (name,)
+    return f"{scheme}{separator}{directory}{query}", (name,)
 
 
 def served_name_of(uri: str) -> str:
@@ -233,16 +236,22 @@ def served_name_of(uri: str) -> str:
     s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model. Where
     there is no path, the bucket's or host's name; never what stands before the host.
     """
-    shown = redact_uri(uri)  # a password with a "/" in it would look like a path
-    path = unquote(urlsplit(shown).path) if "://" in uri else uri
+    scheme, separator, rest = redact_uri(uri).partition("://")  # a password may hold a "/"
+    place, path = "", uri
+    if separator:
+        if scheme != "file":
+            place, _, rest = rest.partition("?")[0].partition("/")
+        path = unquote(rest) if unquote(rest).isprintable() else rest
     parts = [part for part in path.split("/") if part not in {"", "."}]
     if parts and parts[-1].endswith(".tensors"):
         stem = parts.pop().removesuffix(".tensors")
         if not parts:
-            return stem
+            return stem or _NAMELESS
     if "vllm" in parts[:-1]:
         return "/".join(parts[parts.index("vllm") + 1 :])
-    return parts[-1] if parts else urlsplit(shown).netloc.rpartition("@")[2].partition(":")[0]
+    if parts:
+        return parts[-1]
+    return re.sub(r":\d*$", "", place.rpartition("@")[2]) or _NAMELESS
 
 
 def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
@@ -251,7 +260,11 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
     return {
         "settings": dict(settings.shown()),
         "bundle": bundle,
-        "weights": list(plan.tensors),
+        # As the URI is shown: what looks like a password in it looks like one in a name.
+        "weights": [
+            redact_uri(f"{plan.bundle_uri.partition('?')[0]}/{template}").rpartition("/")[2]
+            for template in plan.tensors
+        ],
         "model_directory": str(plan.model_dir),
         "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(

@@ -21,7 +21,10 @@ class Secret:
     __slots__ = ("_value", "origin")
 
     def __init__(self, value: bytes | str, origin: str = "") -> None:
-        self._value = value.encode() if isinstance(value, str) else bytes(value)
+        # As Python hands on bytes of an environment that are not UTF-8, and back.
+        if isinstance(value, str):
+            value = value.encode(errors="surrogateescape")
+        self._value = bytes(value)
         self.origin = origin
 
     def reveal(self) -> bytes:
@@ -29,8 +32,8 @@ class Secret:
         return self._value
 
     def reveal_text(self) -> str:
-        """The value as UTF-8 text."""
-        return self._value.decode()
+        """The value as UTF-8 text; bytes that are none become lone surrogates."""
+        return self._value.decode(errors="surrogateescape")
 
     def __repr__(self) -> str:
         return f"Secret({REDACTED})"

@@ -32,6 +32,8 @@ AWS_SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "S3_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN": None,
 }
+# Used as the bytes that they are.
+_BYTES = frozenset({"TENSORSERVE_KEY", "TENSORSERVE_PASSPHRASE"})
 # What Kubernetes puts into every pod for a Service (enableServiceLinks).
 _SERVICE_LINK = re.compile(
     r"TENSORSERVE_(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)"
@@ -202,6 +204,13 @@ class _Reader:
                 f"{variable.name} is empty.", f"Give it a value ({variable.accepts}) or unset it."
             )
             return None
+        if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+            self._problem(
+                f"{variable.name} has a character that is none (a line break, a NUL, or bytes that "
+                "are not UTF-8).",
+                "Was it copied with its line break?",
+            )
+            return None
         try:
             return variable.parse(text, variable.name)
         except ConfigurationError as error:
@@ -209,7 +218,18 @@ class _Reader:
             return None
 
     def _secret(self, name: str) -> Secret | None:
-        """The secret `name`, from itself or from the file that `name_FILE` names."""
+        """The secret `name`; one that is sent somewhere as text has to be text."""
+        secret = self._given_secret(name)
+        if secret is not None and name not in _BYTES:
+            try:
+                secret.reveal().decode()
+            except UnicodeDecodeError:
+                self._problem(f"{secret.origin} is not UTF-8 text.", "Is it the right secret?")
+                return None
+        return secret
+
+    def _given_secret(self, name: str) -> Secret | None:
+        """From itself or from the file that `name_FILE` names."""
         file_name = f"{name}_FILE"
         if name in self.environ and file_name in self.environ:
             self._problem(f"Both {name} and {file_name} are set.", "Set one of them.")

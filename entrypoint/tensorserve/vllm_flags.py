@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tensorserve.bounded_json import read_json
+from tensorserve.bounded_json import MOST_DIGITS, read_json
 from tensorserve.errors import ConfigurationError
 
 FLAGS_FILE = Path(__file__).with_name("vllm_flags.json")
@@ -77,6 +77,8 @@ class Flag:
                     f"{variable}={text[:80]!r} is not a whole number.",
                     hint=f"For example {variable}=4.",
                 ) from None
+        if len(text) > MOST_DIGITS and text.isdecimal():
+            raise ConfigurationError(f"{variable} is a number of {len(text)} digits.")
         if self.choices and text not in self.choices:
             near = difflib.get_close_matches(text, self.choices, 1)
             raise ConfigurationError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.manifest import SHARDS
 from tensorserve.plan import (
     describe,
     make_plan,
@@ -121,6 +122,11 @@ def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
         ("s3://b/m?#%20/x%20y.tensors", "s3://b/m?#%20", ("x%20y.tensors",)),
         ("/x.tensors", "/", ("x.tensors",)),
         ("x.tensors", ".", ("x.tensors",)),
+        ("https://u:p@h.tensors", "https://u:p@h.tensors", ("model.tensors", SHARDS)),
+        ("s3://b.tensors", "s3://b.tensors", ("model.tensors", SHARDS)),
+        ("https://h/x.tensors#f", "https://h", ("x.tensors",)),
+        ("file:///x.tensors", "file://", ("x.tensors",)),
+        ("s3://b/x.tensors", "s3://b", ("x.tensors",)),
     ],
 )
 def test_a_uri_names_a_bundle_or_one_file_of_it(

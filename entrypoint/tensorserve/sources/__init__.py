@@ -70,7 +70,7 @@ def join(base: str, name: str) -> str:
     It is encoded where URIs are: in an HTTP one, whose query (a SAS token) is kept, and in file://.
     """
     if base.startswith("file://"):
-        return f"{base.rstrip('/')}/{quote(name)}"
+        return f"file://{base.removeprefix('file://').rstrip('/')}/{quote(name)}"
     if _kind(base) != "http":
         return f"{base.rstrip('/')}/{name}"
     parts = urlsplit(base)
