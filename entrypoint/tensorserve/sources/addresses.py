@@ -16,7 +16,7 @@ from tensorserve.errors import ConfigurationError
 from tensorserve.sources.retry import TryAgain
 
 # Where machines ask for their own credentials.
-_METADATA: tuple[IPv4Network | IPv6Network, ...] = (
+METADATA: tuple[IPv4Network | IPv6Network, ...] = (
     IPv4Network("169.254.0.0/16"),  # link-local: AWS, Google, Azure, Oracle and most others
     IPv6Network("fe80::/10"),  # link-local
     IPv4Network("100.100.100.200/32"),  # Alibaba
@@ -99,7 +99,7 @@ def hands_out_credentials(text: str) -> bool:
     return any(
         each in network
         for each in (address, *_embedded(address))
-        for network in _METADATA
+        for network in METADATA
         if each.version == network.version
     )
 
