@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -82,11 +83,15 @@ def fetch_artifacts(
     read-only, and the sources' errors.
     """
     names = artifact_names(bundle_uri, access, manifest, remote_code=remote_code)
-    _prepare(destination, sum(size or 0 for size in names.values()))
+    total = sum(size or 0 for size in names.values())
+    _check_total(bundle_uri, total)
+    _prepare(destination, total)
     digests = {entry.name: entry.sha256 for entry in manifest.files} if manifest else {}
     targets = {name: resolve_below(destination, name) for name in names}
+    counting, arrived = threading.Lock(), 0
 
     def fetch(name: str) -> int | None:
+        nonlocal arrived
         try:
             source = sources.open_source(sources.join(bundle_uri, name), access)
         except NotFoundError:
@@ -99,6 +104,17 @@ def fetch_artifacts(
                     f"{source.name} is {source.size} bytes: too large for a tokenizer.",
                     hint="Keep other files out of the bundle's directory.",
                 )
+            expected = names[name]
+            if manifest is not None and source.size != expected:
+                raise CorruptError(
+                    f"{source.name} is {source.size} bytes, {MANIFEST} says {expected}.",
+                    hint="It was replaced or damaged. Upload the bundle again.",
+                )
+            # Where sizes were not known before, or are others by now.
+            with counting:
+                arrived += source.size
+                so_far = arrived
+            _check_total(bundle_uri, so_far)
             _write(targets[name], source, digests.get(name))
             return source.size
         finally:
@@ -114,6 +130,15 @@ def fetch_artifacts(
             "Pack the model with `tensorserve pack`, or copy them there.",
         )
     return written
+
+
+def _check_total(bundle_uri: str, total: int) -> None:
+    if total > MAX_TOTAL_BYTES:
+        raise CorruptError(
+            f"The small files of {redact_uri(bundle_uri)} take {total} bytes; "
+            f"{MAX_TOTAL_BYTES} are the most that a model needs beside its weights.",
+            hint="Keep other files out of the bundle's directory.",
+        )
 
 
 def resolve_below(root: Path, name: str) -> Path:
