@@ -181,6 +181,8 @@ def check_port(what: str, host: str, port: int) -> Passed:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+    except (UnicodeError, TypeError) as error:  # an empty label, one too long; bytes, not UTF-8
+        raise ConfigurationError(f"The {what} cannot listen on {host!r}: no host name.") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             variable = "TENSORSERVE_PORT" if what == "API" else "TENSORSERVE_METRICS_PORT"

@@ -84,7 +84,7 @@ def resolve(host: str, port: int, allowed: frozenset[str]) -> tuple[str, ...]:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise TryAgain("dns", f"the name {host!r} cannot be resolved ({error.strerror})") from error
-    except (UnicodeError, ValueError) as error:  # an empty label, one too long, a NUL
+    except (UnicodeError, ValueError, TypeError) as error:  # an empty label, one too long, a NUL
         raise ConfigurationError(f"{host!r} is not a host name.") from error
     addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
     for text in () if exempt else addresses:
