@@ -60,8 +60,13 @@ def redact_uri(uri: str) -> str:
     where an "@" follows a ":", all that stands before it is taken for user info.
     """
     scheme, separator, rest = uri.partition("://")
-    if not separator or scheme.lower() == "file":
+    if not separator:
         return uri
+    if scheme.lower() == "file":  # "?" and "#" are characters of a name here
+        host, slash, path = rest.partition("/")
+        return (
+            f"{scheme}://{REDACTED}@{host.rpartition('@')[2]}{slash}{path}" if "@" in host else uri
+        )
     place, query = _QUERY.split(rest, maxsplit=1)[0], _QUERY.search(rest)
     authority = place.partition("/")[0]
     before, at, _ = place.rpartition("@")

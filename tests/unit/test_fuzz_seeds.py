@@ -79,6 +79,21 @@ def test_a_command_ends_with_the_reason_and_no_traceback(
     assert len(done.stderr) < 1500
 
 
+@pytest.mark.parametrize("uri", ["https://u:PW@[", "https://u:PW@[::1/m", "file://u:PW@h/x"])
+def test_a_command_that_names_its_own_uri_does_so_too(uri: str, tmp_path: Path) -> None:
+    """`verify` takes any text."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorserve.cli", "verify", uri],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "PW" not in done.stderr + done.stdout
+
+
 def test_the_same_seed_gives_the_same_inputs() -> None:
     """So that a finding can be had again."""
     seeds = seeds_of("uri")

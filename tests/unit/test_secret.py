@@ -25,6 +25,7 @@ from tensorserve.secret import redact_text, redact_uri
         ("s3://key:PW@bucket/a", "s3://***@bucket/a"),
         ("/models/a@b?c", "/models/a@b?c"),
         ("file:///models/a@b?c", "file:///models/a@b?c"),
+        ("file://user:PW@host/a@b", "file://***@host/a@b"),
     ],
 )
 def test_a_uri_is_shown_without_its_credentials(uri: str, shown: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.sources.base import (
     Access,
     FetchObserver,
@@ -73,6 +74,7 @@ def join(base: str, name: str) -> str:
         return f"file://{base.removeprefix('file://').rstrip('/')}/{quote(name)}"
     if _kind(base) != "http":
         return f"{base.rstrip('/')}/{name}"
+    host_and_port(base, "The bundle's address")
     parts = urlsplit(base)
     path = f"{parts.path.rstrip('/')}/{quote(name, safe='/-_.~')}"
     return urlunsplit(parts._replace(path=path))
