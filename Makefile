@@ -43,6 +43,10 @@ test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 test-models: venv ## each kind of model in both layouts, and bundles made by others, beside stock vLLM (30 minutes)
 	@$(BIN)/python -m pytest tests/models --timeout 600 $(if $(ONLY),-k "$(ONLY)")
 
+.PHONY: test-fuzz
+test-fuzz: venv ## a minute of changed manifests, settings, URIs and indexes: none may end in a traceback
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds 60
+
 .PHONY: test-config
 test-config: venv ## Prometheus rules and dashboard on a real Prometheus
 	@docker/system-packages prometheus promtool
@@ -60,10 +64,6 @@ test-deploy: venv ## the Kubernetes examples against the Kubernetes schemas
 .PHONY: test-faults
 test-faults: venv ## every fault of the source, the network and the machine, on real sockets
 	@$(BIN)/python -m pytest tests/faults --timeout 120
-
-.PHONY: test-fuzz
-test-fuzz: venv ## a minute of changed manifests, settings, URIs and indexes: none may end in a traceback
-	@$(BIN)/python tests/fuzz/fuzz.py --seconds 60
 
 .PHONY: bench
 bench: venv ## how fast a load is, beside tensorizer and Run:ai, in one run (40 minutes, idle machine)
