@@ -118,7 +118,7 @@ def read_manifest(bundle_uri: str, access: Access) -> Manifest | None:
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """The manifest in `data`, which came from `name`. Raises as read_manifest does."""
     try:
-        document = _Fields(read_json(data), "the document")
+        document = _Fields(read_json(data, strict=True), "the document")
         if document.text("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         version, layout = document.natural("version"), document.text("layout")

@@ -71,6 +71,17 @@ def test_ordinary_json_is_read_as_it_is() -> None:
     assert read_json(nested) == json.loads(nested)
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', "[1.0]", "[1e3]", "[NaN]", "[-Infinity]"])
+def test_what_two_readers_could_take_for_two_things_is_refused_where_it_matters(text: str) -> None:
+    """A manifest is read by others as well."""
+    read_json(text)
+    with pytest.raises(ValueError, match=r"twice|no whole number"):
+        read_json(text, strict=True)
+    document = manifest().replace(b'"made_by": {}', b'"made_by": ' + text.encode())
+    with pytest.raises(CorruptError):
+        parse_manifest(document, "m")
+
+
 def manifest(**changes: Any) -> bytes:
     """A manifest of version 1 in which `changes` have been made; a path's parts are parted by _."""
     document: dict[str, Any] = {
