@@ -15,8 +15,8 @@ from types import FrameType
 
 from tensorserve.errors import OutOfMemoryError
 from tensorserve.handoff import holder
-from tensorserve.memory_group import MemoryGroup, memory_group
 from tensorserve.linux import Watched, end_with_parent, hide_memory
+from tensorserve.memory_group import MemoryGroup, memory_group
 from tensorserve.settings import HANDOFF_VARIABLE
 from tensorserve.start import receive_start
 from tensorserve.telemetry import EventLog, events_path, fold, read_events
