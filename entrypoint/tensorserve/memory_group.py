@@ -17,6 +17,9 @@ class MemoryGroup:
 
     limit: int | None = None  # bytes
     used: int | None = None  # bytes
+    idle: int | None = (
+        None  # bytes of them that are files' pages, which the kernel takes back first
+    )
     peak: int | None = None  # bytes, the most that were in use; needs Linux 5.19 in version 2
     kills: int | None = None
     """Processes that the kernel has ended for lack of memory, here and below, ever."""
@@ -28,24 +31,26 @@ def available_bytes() -> int | None:
     available = int(found[1]) * 1024 if found else None
     group = memory_group()
     if group.limit is not None and group.used is not None:
-        left = max(0, group.limit - group.used)
+        left = max(0, group.limit - group.used + min(group.used, group.idle or 0))
         available = left if available is None else min(left, available)
     return available
 
 
-def memory_group(root: Path = CGROUPS) -> MemoryGroup:
+def memory_group(root: Path | None = None) -> MemoryGroup:
     """The control group of this process, version 2 or 1. Whatever cannot be read is None."""
-    for directory in _directories(root):
+    for directory in _directories(root or CGROUPS):
         if (limit := _text(directory / "memory.max")) is not None:
             used = _number(_text(directory / "memory.current"))
             kills = _count(_text(directory / "memory.events"), "oom_kill")
             peak = _number(_text(directory / "memory.peak"))
-            return MemoryGroup(_number(limit), used, peak, kills)
+            idle = _count(_text(directory / "memory.stat"), "inactive_file")
+            return MemoryGroup(_number(limit), used, idle, peak, kills)
         if (limit := _text(directory / "memory.limit_in_bytes")) is not None:
             used = _number(_text(directory / "memory.usage_in_bytes"))
             kills = _count(_text(directory / "memory.oom_control"), "oom_kill")
             peak = _number(_text(directory / "memory.max_usage_in_bytes"))
-            return MemoryGroup(_number(limit), used, peak, kills)
+            idle = _count(_text(directory / "memory.stat"), "total_inactive_file")
+            return MemoryGroup(_number(limit), used, idle, peak, kills)
     return MemoryGroup()
 
 
