@@ -44,6 +44,10 @@ test-e2e: venv ## end-to-end tests with real vLLM and real S3 (minutes)
 test-models: venv ## each kind of model in both layouts, and bundles made by others, beside stock vLLM (30 minutes)
 	@$(BIN)/python -m pytest tests/models --timeout 600 $(if $(ONLY),-k "$(ONLY)")
 
+.PHONY: test-fuzz
+test-fuzz: venv ## a minute of changed manifests, settings, URIs and indexes: none may end in a traceback
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds 60
+
 .PHONY: test-config
 test-config: venv ## Prometheus rules and dashboard on a real Prometheus
 	@docker/system-packages prometheus promtool

@@ -35,6 +35,7 @@ class S3Server:
         self.access_key = "demo-" + secrets.token_hex(8)
         self.secret_key = secrets.token_hex(20)
         self.port = 0
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -57,7 +58,9 @@ class S3Server:
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
         identities = self.directory / "identities.json"
         write_identities(identities, self.access_key, self.secret_key)
-        ports = free_ports(9)
+        # Started again, it is where it was.
+        self._ports = self._ports or free_ports(9)
+        ports = self._ports
         self.port = ports[0]
         names = ["s3.port", "master.port", "volume.port", "filer.port"]
         names += [f"{name}.grpc" for name in names]

@@ -65,6 +65,10 @@ vLLM is started. These have another way, or none:
 
 `TENSORSERVE_VLLM_API_KEY` and `TENSORSERVE_VLLM_HF_TOKEN` (also as `_FILE`, and as vLLM's own
 `VLLM_API_KEY` and `HF_TOKEN`) reach vLLM through memory, not through its arguments or environment.
+With an API key every route asks for it but `/health`, `/ping` and `/version`: vLLM's own check
+leaves `/invocations`, `/tokenize`, `/metrics` and others open, so `plan` adds a `--middleware` of
+ours after your own. `--grpc`, `--grpc-port` and `VLLM_USE_RUST_FRONTEND` know no such thing and are
+refused with a key.
 
 ## S3
 

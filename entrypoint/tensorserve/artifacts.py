@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from tensorserve import sources
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.manifest import MANIFEST, Manifest
 from tensorserve.secret import redact_uri
@@ -81,11 +83,15 @@ def fetch_artifacts(
     read-only, and the sources' errors.
     """
     names = artifact_names(bundle_uri, access, manifest, remote_code=remote_code)
-    _prepare(destination, sum(size or 0 for size in names.values()))
+    total = sum(size or 0 for size in names.values())
+    _check_total(bundle_uri, total)
+    _prepare(destination, total)
     digests = {entry.name: entry.sha256 for entry in manifest.files} if manifest else {}
     targets = {name: resolve_below(destination, name) for name in names}
+    counting, arrived = threading.Lock(), 0
 
     def fetch(name: str) -> int | None:
+        nonlocal arrived
         try:
             source = sources.open_source(sources.join(bundle_uri, name), access)
         except NotFoundError:
@@ -98,6 +104,17 @@ def fetch_artifacts(
                     f"{source.name} is {source.size} bytes: too large for a tokenizer.",
                     hint="Keep other files out of the bundle's directory.",
                 )
+            expected = names[name]
+            if manifest is not None and source.size != expected:
+                raise CorruptError(
+                    f"{source.name} is {source.size} bytes, {MANIFEST} says {expected}.",
+                    hint="It was replaced or damaged. Upload the bundle again.",
+                )
+            # Where sizes were not known before, or are others by now.
+            with counting:
+                arrived += source.size
+                so_far = arrived
+            _check_total(bundle_uri, so_far)
             _write(targets[name], source, digests.get(name))
             return source.size
         finally:
@@ -115,19 +132,20 @@ def fetch_artifacts(
     return written
 
 
+def _check_total(bundle_uri: str, total: int) -> None:
+    if total > MAX_TOTAL_BYTES:
+        raise CorruptError(
+            f"The small files of {redact_uri(bundle_uri)} take {total} bytes; "
+            f"{MAX_TOTAL_BYTES} are the most that a model needs beside its weights.",
+            hint="Keep other files out of the bundle's directory.",
+        )
+
+
 def resolve_below(root: Path, name: str) -> Path:
     """`root/name`, if that lies below `root`. Raises CorruptError for others."""
-    pure = PurePosixPath(name)
-    bad = (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or pure.is_absolute()
-        or any(part in {"", ".", ".."} for part in name.split("/"))
-    )
-    if bad:
+    if leaves_bundle(name):
         raise CorruptError(f"The bundle names a file outside its own directory: {name!r}.")
-    target = root.joinpath(*pure.parts)
+    target = root.joinpath(*PurePosixPath(name).parts)
     if not target.parent.resolve().is_relative_to(root.resolve()):
         raise CorruptError(f"The bundle's file {name!r} would be written through a link.")
     return target

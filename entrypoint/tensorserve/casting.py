@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tensorserve.bounded_json import read_json
 from tensorserve.checkpoint import Checkpoint, StoredTensor
 from tensorserve.errors import ConfigurationError
 from tensorserve.format.dtypes import ITEM_SIZES
@@ -38,7 +39,7 @@ class Casting:
         self.stored = checkpoint
         self._stored = {tensor.name: tensor for tensor in checkpoint.tensors}
         try:
-            self._config = json.loads((checkpoint.directory / _CONFIG).read_bytes())
+            self._config = read_json((checkpoint.directory / _CONFIG).read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"{checkpoint.directory / _CONFIG} could not be read: {error}.",

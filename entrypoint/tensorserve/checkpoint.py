@@ -6,7 +6,6 @@ here; tensors are read piece by piece by whoever wants them. Pickles are never o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -16,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tensorserve.artifacts import MAX_FILE_BYTES, MAX_TOTAL_BYTES, WEIGHT_SUFFIXES
+from tensorserve.bounded_json import read_json
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.dtypes import ITEM_SIZES
 from tensorserve.manifest import MANIFEST
@@ -26,6 +27,8 @@ SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The limit of the safetensors library itself.
 _MAX_HEADER = 100_000_000
+# What a .tensors file can say of a shape.
+_MOST_DIMENSIONS = 255
 _DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
     "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16",
@@ -123,9 +126,9 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         if length > min(_MAX_HEADER, source.size - 8):
             raise damaged(f"its header claims {length} bytes, the file has {source.size}")
         try:
-            header = json.loads(source.read(8, length))
-        except (ValueError, RecursionError) as error:
-            raise damaged("its header is not JSON") from error
+            header = read_json(source.read(8, length))
+        except ValueError as error:
+            raise damaged("its header is not JSON that can be believed") from error
     finally:
         source.close()
     if not isinstance(header, dict):
@@ -177,8 +180,10 @@ class CheckpointReader:
 
 def _stored(path: Path, name: str, entry: dict[str, Any], base: int) -> StoredTensor:
     label, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(
-        type(number) is int and number >= 0 for number in (*shape, begin, end)
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
     ):
         raise ValueError("shape and offsets are not natural numbers")
     dtype = _DTYPES.get(label)
@@ -225,7 +230,9 @@ def _weight_files(source: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        owner = json.loads(path.read_bytes())["weight_map"]
+        if path.stat().st_size > _MAX_HEADER:
+            raise ValueError(f"it has more than {_MAX_HEADER} bytes")
+        owner = read_json(path.read_bytes())["weight_map"]
         for tensor, name in owner.items():
             if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
                 raise ValueError(f"tensor {tensor!r} is in {name!r}")
@@ -266,6 +273,7 @@ def _small_files(directory: Path, weights: set[str]) -> tuple[dict[str, int], tu
                 name.endswith((*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES))
                 or name.lower().endswith(_LEFT_OUT_SUFFIXES)
                 or name == MANIFEST
+                or leaves_bundle(name)  # no manifest may name it
                 or size > MAX_FILE_BYTES
             )
             if taken:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -15,19 +15,29 @@ from typing import Any
 
 from tensorserve import __version__
 from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
+from tensorserve.linux import end_with_parent, hide_memory, no_core_files
 
 SIGINT_CODE = 130
+# Others open what is in these processes' memory (handoff.py), or in what is forked from them.
+_HAND_OVER = frozenset({"up", "serve", "engine", "pack"})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; give the process's exit code."""
     words = sys.argv[1:] if argv is None else argv
-    # A core file would hold keys and weights in plain text.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What is printed may name a file whose name is not UTF-8.
+            stream.reconfigure(errors="backslashreplace")
+    # A core would hold keys and weights in plain text.
+    no_core_files()
     if words[:1] == ["container"]:
         words = _container_words(words[1:])
     try:
-        return _run(_Parser.parse(words), os.environ)
+        options = _Parser.parse(words)
+        if options.command not in _HAND_OVER:
+            hide_memory()
+        return _run(options, os.environ)
     except ConfigurationError as error:
         for problem in (*error.problems, *_notes(error)):
             _complain(problem)
@@ -180,6 +190,7 @@ def _engine(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
 
 
 def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    end_with_parent()
     from tensorserve.telemetry.exporter import serve_exporter
 
     serve_exporter(
@@ -191,6 +202,7 @@ def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _watch(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    end_with_parent()
     from tensorserve.supervise import watch
 
     watch(environ)

@@ -5,13 +5,13 @@ From the flags of `vllm serve`; what they mean stands in vLLM's config/speculati
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from tensorserve.bounded_json import read_json
 from tensorserve.errors import ConfigurationError
 from tensorserve.ranks import flag_value
 
@@ -61,7 +61,7 @@ def check_draft(draft: Draft, model_uri: str, environ: Mapping[str, str]) -> tup
         return "in the served model", 0
     if "://" in draft.model:
         raise ConfigurationError(
-            f"The draft model is given as an address ({urlsplit(draft.model).scheme}://…); vLLM "
+            f"The draft model is given as an address ({draft.model.partition('://')[0]}://…); vLLM "
             "takes a directory.",
             hint='Mount it, and give its path as "model" of --speculative-config.',
         )
@@ -85,7 +85,8 @@ def check_draft(draft: Draft, model_uri: str, environ: Mapping[str, str]) -> tup
 def local_bundle(model_uri: str) -> str | None:
     """The directory of a bundle on a disk, as an absolute path; None where it is elsewhere."""
     if model_uri.startswith("file://"):
-        model_uri = unquote(urlsplit(model_uri).path)
+        # Not urlsplit: "?", "#" and "[" are ordinary characters in a file's name.
+        model_uri = unquote(model_uri.removeprefix("file://").removeprefix("localhost"))
     if "://" in model_uri:
         return None
     directory = Path(model_uri)
@@ -96,7 +97,7 @@ def local_bundle(model_uri: str) -> str | None:
 
 def _options(text: str) -> dict[str, str]:
     try:
-        options = json.loads(text)
+        options = read_json(text)
     except ValueError as error:
         raise ConfigurationError(
             f"--speculative-config is no JSON: {error}.",

@@ -62,6 +62,13 @@ class PermissionDeniedError(TensorserveError):
     reason = "permission"
 
 
+class OutOfMemoryError(TensorserveError):
+    """The kernel ended a process of the engine for lack of memory (128 + SIGKILL)."""
+
+    exit_code = 137
+    reason = "out_of_memory"
+
+
 class ConfigurationError(TensorserveError):
     """The configuration is wrong (EX_CONFIG); ``problems`` holds one message for each mistake."""
 

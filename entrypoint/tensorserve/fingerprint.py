@@ -19,6 +19,10 @@ HF, VLLM = LAYOUTS = ("hf", "vllm")
 STAGE = "before post-processing"
 
 
+MOST_RANKS = 4096
+"""More than any engine has, and few enough to name a file for each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """The engine of a bundle in layout `vllm`."""
@@ -61,8 +65,11 @@ class Fingerprint:
                 raise ValueError(f"{field.name!r} of its fingerprint is not a {field.type}")
             values[field.name] = value
         made = cls(**values)
-        if min(made.tensor_parallel_size, made.pipeline_parallel_size) < 1:
+        sizes = (made.tensor_parallel_size, made.pipeline_parallel_size)
+        if min(sizes) < 1:
             raise ValueError("its fingerprint has a parallel size below 1")
+        if max(sizes) > MOST_RANKS or made.ranks > MOST_RANKS:
+            raise ValueError(f"its fingerprint has more than {MOST_RANKS} ranks")
         return made
 
 

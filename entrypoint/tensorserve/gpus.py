@@ -98,7 +98,7 @@ def _visible(nvml: Any, visible: str | None, count: int) -> Iterator[Gpu]:
             yield _numbered(nvml, number)
         return
     for entry in (part.strip() for part in visible.split(",") if part.strip()):
-        if entry.isdecimal() and int(entry) < count:
+        if entry.isdecimal() and len(entry) < 10 and int(entry) < count:
             yield _numbered(nvml, int(entry))
         elif entry.startswith("MIG-"):
             yield _instance(nvml, entry)

@@ -42,6 +42,13 @@ def publish(data: bytes | bytearray, name: str = "tensorserve") -> str:
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
+def holder(reference: str) -> int:
+    """The process whose memory `reference` names. Raises TensorserveError for another text."""
+    if not _REFERENCE.fullmatch(reference):
+        raise TensorserveError(f"The hand-over reference {reference!r} is not one of ours.")
+    return int(reference.split("/")[2])
+
+
 def publish_json(payload: dict[str, Any]) -> str:
     """`publish` of a JSON object."""
     return publish(json.dumps(payload).encode())
@@ -49,8 +56,7 @@ def publish_json(payload: dict[str, Any]) -> str:
 
 def receive_json(reference: str) -> dict[str, Any]:
     """The object that `publish_json` left at `reference`. Raises TensorserveError if it is gone."""
-    if not _REFERENCE.fullmatch(reference):
-        raise TensorserveError(f"The hand-over reference {reference!r} is not one of ours.")
+    holder(reference)
     try:
         with open(reference, "rb") as file:
             payload = json.loads(file.read(_MAX_BYTES))

@@ -6,6 +6,10 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
+import select
+import signal
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import cache
@@ -13,6 +17,7 @@ from functools import cache
 FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 MADV_POPULATE_WRITE = 23  # Linux 5.14, linux/mman.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+PR_SET_DUMPABLE, PR_GET_DUMPABLE, PR_SET_PDEATHSIG = 4, 3, 1  # linux/prctl.h
 _PAGE = mmap.PAGESIZE
 
 
@@ -32,6 +37,67 @@ def start_writing(descriptor: int) -> None:
     Only a head start: where it cannot be done nothing is. fsync is still needed.
     """
     _libc().sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
+def no_core_files() -> None:
+    """This process and all that come from it leave no core file, nor hand one to a program.
+
+    A limit of 0 keeps files away, but where core_pattern is a pipe (systemd-coredump, apport) the
+    kernel asks for no limit, with one exception: at 1 it ends the dump (fs/coredump.c). 1 byte is
+    also too little for a file. Inherited by children and across exec, unlike PR_SET_DUMPABLE.
+    """
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:  # lowered to 0 before us, and not ours to raise
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def hide_memory() -> None:
+    """PR_SET_DUMPABLE 0: no core, and no other process of this user looks into this one.
+
+    Nor opens its /proc/<pid>/fd: not for a process whose memory others take over (handoff.py). The
+    kernel takes it back at exec. pidfd_getfd, process_vm_readv and debuggers end here as well.
+    """
+    if _libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def end_with_parent() -> None:
+    """SIGKILL for this process when the thread that made it ends; kept across exec, not by forks.
+
+    So it is for children that a main thread makes. A parent that is gone already is not noticed.
+    """
+    if _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+class Watched:
+    """Another process, of which one learns when it has ended."""
+
+    def __init__(self, pid: int) -> None:
+        self._descriptor: int | None = None
+        self._ended = False
+        try:
+            self._descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ended = True
+        except OSError:
+            return  # no such call here (a sandbox): then nobody tells
+        self._poll = select.poll()
+        if self._descriptor is not None:
+            self._poll.register(self._descriptor, select.POLLIN)
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it has; waits for it at most so long, and less where a signal handler runs."""
+        if self._ended:
+            return True
+        if self._descriptor is None:
+            time.sleep(seconds)
+        else:
+            self._ended = bool(self._poll.poll(seconds * 1000))
+        return self._ended
 
 
 def run_on(processors: Collection[int]) -> None:

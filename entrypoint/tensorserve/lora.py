@@ -5,10 +5,10 @@ In a bundle: ``adapters/NAME/adapter_model.tensors`` and ``adapters/NAME/adapter
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from tensorserve.bounded_json import read_json
 from tensorserve.checkpoint import Checkpoint, read_safetensors
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.manifest import Manifest
@@ -19,6 +19,8 @@ SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Clients send it as the model's name; it is a directory's name and part of a flag as well.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_CONFIG = 1024**2
+# vLLM serves up to 512; what is above that is said where it is served.
+_MOST_RANK = 65536
 
 
 def adapter_file(name: str, file: str) -> str:
@@ -63,12 +65,12 @@ def read_adapters(given: list[str]) -> dict[str, Checkpoint]:
 def rank_of(config: bytes, where: str) -> int:
     """The largest rank in an adapter_config.json. Raises ConfigurationError where there is none."""
     try:
-        document = json.loads(config)
+        document = read_json(config)
         pattern = document.get("rank_pattern") or {}
         ranks: list[int] = [document["r"], *pattern.values()]
-        if not all(type(rank) is int and rank > 0 for rank in ranks):
-            raise ValueError(f"its ranks are {ranks}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not all(type(rank) is int and 0 < rank <= _MOST_RANK for rank in ranks):
+            raise ValueError(f"its ranks are not whole numbers from 1 to {_MOST_RANK}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"{where} is no configuration of a LoRA adapter: {error!r}.",
             hint="It is what PEFT's save_pretrained() writes, with the rank as 'r'.",
@@ -89,7 +91,7 @@ def _read(name: str, directory: Path) -> Checkpoint:
         raise ConfigurationError(f"--lora {name}: {config} is too large.")
     content = config.read_bytes()
     rank_of(content, str(config))
-    kind = json.loads(content).get("peft_type", "LORA")
+    kind = read_json(content).get("peft_type", "LORA")
     if kind != "LORA":
         raise ConfigurationError(
             f"--lora {name}: {config} is of peft_type {kind!r}; vLLM serves LoRA adapters only."

@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from tensorserve import sources
 from tensorserve.authentication import ManifestKeys, Parameters, UnknownMacError
+from tensorserve.bounded_json import read_json
+from tensorserve.bundle_names import leaves_bundle
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import HF, LAYOUTS, VLLM, Fingerprint
 from tensorserve.format import FileIndex, PasswordHash
@@ -31,7 +32,11 @@ VERSION = 2
 # Without authentication: read as long as there are such bundles.
 OLD_VERSION = 1
 CIPHER = "xsalsa20-poly1305"
-MAX_MANIFEST_BYTES = 64 * 1024**2
+# Some 100,000 tensors' digests. What JSON says in a byte takes up to 25 in memory.
+MAX_MANIFEST_BYTES = 16 * 1024**2
+# Of one file, and of all tensors: four pebibytes, and far from what a Python float rounds.
+_MOST_BYTES = 2**52
+_MOST_FILES = 10_000
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PIN_HINT = (
     "`tensorserve verify` prints the SHA-256 of a bundle's manifest.json. If this bundle is meant, "
@@ -168,7 +173,7 @@ def parse_manifest(
             hint=_PIN_HINT,
         )
     try:
-        document = _Fields(_strict_json(data), "the document")
+        document = _Fields(read_json(data, strict=True), "the document")
         if document.text("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         version = document.natural("version")
@@ -202,7 +207,7 @@ def parse_manifest(
             sha256=sha256,
             vouched_by=KEY if keys is not None else PIN if pin is not None else None,
         )
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CorruptError(
             f"{name} is not a manifest: {error}.", hint="Pack the bundle again."
         ) from error
@@ -310,23 +315,23 @@ class _Fields:
             raise self._bad(name, "a SHA-256 in hex")
         return value
 
-    def natural(self, name: str) -> int:
+    def natural(self, name: str, most: int = _MOST_BYTES) -> int:
         value = self.get(name)
         # bool is an int in Python, not in JSON.
-        if type(value) is not int or value < 0:
-            raise self._bad(name, "a natural number")
+        if type(value) is not int or not 0 <= value <= most:
+            raise self._bad(name, f"a whole number from 0 to {most}")
         return value
 
     def items(self, name: str) -> list[object]:
         value = self.get(name)
-        if not isinstance(value, list):
-            raise self._bad(name, "a list")
+        if not isinstance(value, list) or len(value) > _MOST_FILES:
+            raise self._bad(name, f"a list of at most {_MOST_FILES}")
         return value
 
     def mapping(self, name: str) -> dict[str, object]:
         value = self.get(name)
-        if not isinstance(value, dict):
-            raise self._bad(name, "an object")
+        if not isinstance(value, dict) or len(value) > _MOST_FILES:
+            raise self._bad(name, f"an object of at most {_MOST_FILES} members")
         return value
 
 
@@ -361,36 +366,12 @@ def _tensors_document(entry: TensorsEntry, keys: ManifestKeys | None) -> dict[st
     return document
 
 
-def _strict_json(data: bytes) -> object:
-    """As json.loads, but of one meaning only: no name twice, no fractions. Raises ValueError."""
-
-    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("an object in it has a name twice")
-        return found
-
-    def refuse(number: str) -> NoReturn:
-        raise ValueError(f"{number} is no whole number")
-
-    return json.loads(data, object_pairs_hook=members, parse_float=refuse, parse_constant=refuse)
-
-
 def _encryption(fields: _Fields) -> Encryption:
     return Encryption(fields.text("cipher"), fields.natural("chunk_bytes"), fields.text("key"))
 
 
 def _relative(name: str) -> str:
     """`name`, if it stays below the bundle's directory."""
-    bad = (
-        not name
-        or "\0" in name
-        or "\\" in name
-        or PurePosixPath(name).is_absolute()
-        or any(part in {"", ".", ".."} for part in name.split("/"))
-        or name == MANIFEST
-    )
-    if bad:
+    if leaves_bundle(name) or name == MANIFEST:
         raise ValueError(f"it names a file outside of the bundle, or itself: {name!r}")
-    name.encode()  # a lone surrogate, which JSON can carry, is no name
     return name

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tensorserve.bounded_json import read_json
+
 BROUGHT = Path(sys.prefix) / "share/vllm"
 
 
@@ -28,7 +30,7 @@ def bring_model_infos(
     if "VLLM_CACHE_ROOT" not in environment or not brought.is_dir():
         return
     with suppress(OSError, ValueError):
-        architectures = _architectures(json.loads((model_dir / "config.json").read_bytes()))
+        architectures = _architectures(read_json((model_dir / "config.json").read_bytes()))
         files = json.loads((brought / "architectures.json").read_bytes())
         cache = Path(environment["VLLM_CACHE_ROOT"]) / "modelinfos"
         for architecture in architectures:

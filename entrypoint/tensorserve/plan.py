@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from tensorserve import sources, vllm_flags
+from tensorserve import vllm_flags
+from tensorserve.api_key import MIDDLEWARE
 from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
+from tensorserve.fingerprint import MOST_RANKS
 from tensorserve.manifest import SHARDS, SINGLE
-from tensorserve.secret import Secret, redact_uri
+from tensorserve.secret import Secret, redact_text, redact_uri
 from tensorserve.settings import Settings
 
 # What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
 SHARD_PATTERN = re.compile(r"%0\dd")
+# Few enough digits for int(), which refuses more than 4,300 in its own words.
+_WHOLE = re.compile(r"[0-9]{1,18}")
 # What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_LORA_RANK = 16
+# What is served where its place has no name ("/").
+_NAMELESS = "model"
 # vLLM's other names for dtypes (vllm/config/model.py, 0.32.0); "auto" is decided by vLLM.
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -53,7 +59,15 @@ class LaunchPlan:
         """The files that `template` means: one a rank, or the one file of all ranks."""
         if not SHARD_PATTERN.search(template):
             return (template,)
-        return tuple(template % rank for rank in range(self.tensor_parallel_size))
+        return tuple(shard_name(template, rank) for rank in range(self.tensor_parallel_size))
+
+
+def shard_name(template: str, rank: int) -> str:
+    """The file of `rank`; a template without a pattern is the name of all ranks' file.
+
+    Not by the % operator: a name may have other percent signs in it.
+    """
+    return SHARD_PATTERN.sub(lambda found: found[0] % rank, template)
 
 
 def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan:
@@ -78,6 +92,11 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     argv += given.plain
     draft_of(tuple(argv))  # raises for what vLLM could not read
     secret_flags = dict(settings.secret_flags) | dict(given.secrets)
+    environment = _engine_environment(settings)
+    if "api-key" in secret_flags:
+        _refuse_unguarded_doors({*flags, *given.names}, dict(environment))
+        # The last one stands before all others.
+        argv.append(f"--middleware={MIDDLEWARE}")
 
     def wish(name: str) -> str | None:
         words = flags.get(name, ())
@@ -86,7 +105,7 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     secure = "ssl-certfile" in flags or "ssl-certfile" in given.names
     return LaunchPlan(
         argv=tuple(argv),
-        environment=_engine_environment(settings),
+        environment=environment,
         secret_flags=tuple(secret_flags.items()),
         bundle_uri=bundle_uri,
         tensors=tensors,
@@ -98,6 +117,22 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         port=port,
         engine=_engine(wish, argv),
     )
+
+
+def _refuse_unguarded_doors(flags: set[str], environment: Mapping[str, str]) -> None:
+    """With an API key: what serves beside the HTTP server that the key guards."""
+    for name in ("grpc", "grpc-port"):
+        if name in flags:
+            raise ConfigurationError(
+                f"--{name} serves without the API key that is set.",
+                hint=f"Leave --{name} away, or unset the key and guard the port otherwise.",
+            )
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in {"", "0", "false", "False"}:
+        raise ConfigurationError(
+            "VLLM_USE_RUST_FRONTEND takes no middleware: it would leave most of its routes open, "
+            "and an API key is set.",
+            hint="Unset VLLM_USE_RUST_FRONTEND, or unset the key and guard the port otherwise.",
+        )
 
 
 def _engine(wish: Callable[[str], str | None], argv: list[str]) -> tuple[tuple[str, object], ...]:
@@ -156,31 +191,67 @@ def _flag_of(word: str) -> str:
 
 
 def split_model_uri(uri: str) -> tuple[str, tuple[str, ...]]:
-    """(directory of the bundle, candidate names of the weights in it)."""
-    parts = urlsplit(uri)
-    path = parts.path if "://" in uri else uri
-    if not path.endswith(".tensors"):
+    """(directory of the bundle, candidate names of the weights in it, decoded).
+
+    Raises ConfigurationError for a template that names the rank twice, or a name with an encoded
+    slash, which no file has.
+    """
+    encoded = uri.startswith(("http://", "https://", "file://"))
+    scheme, separator, rest = uri.partition("://") if "://" in uri else ("", "", uri)
+    query = ""
+    if scheme in {"http", "https"}:  # elsewhere "?" and "#" are characters of a name
+        rest, _, _ = rest.partition("#")
+        rest, mark, query = rest.partition("?")
+        query = mark + query
+    directory, slash, name = rest.rpartition("/")
+    # "https://x.tensors" and "s3://x.tensors" are a host and a bucket.
+    if not name.endswith(".tensors") or (separator and not slash):
         return uri, (SINGLE, SHARDS)
-    directory, _, name = path.rpartition("/")
-    if "://" not in uri:
-        return directory or (".", "/")[path.startswith("/")], (name,)
-    return parts._replace(path=directory).geturl(), (name,)
+    if len(SHARD_PATTERN.findall(name)) > 1:
+        raise ConfigurationError(
+            f"{redact_uri(uri)}: the name has two places for a rank.",
+            hint="For example model-rank-%03d.tensors.",
+        )
+    if encoded:
+        # "%03d" stands for a rank: it is not an encoded character.
+        pieces = [unquote(piece) for piece in SHARD_PATTERN.split(name)]
+        name = "".join(
+            part
+            for pair in zip(pieces, [*SHARD_PATTERN.findall(name), ""], strict=True)
+            for part in pair
+        )
+        if "/" in name:
+            raise ConfigurationError(
+                f"{redact_uri(uri)}: the file's name has an encoded slash (%2F).",
+                hint="Give the URL of a directory, with the file's own name behind it.",
+            )
+    if not separator:
+        directory = directory or ("/" if slash else ".")
+    return f"{scheme}{separator}{directory}{query}", (name,)
 
 
 def served_name_of(uri: str) -> str:
     """A name for clients: what follows `vllm/` in the URI (vLLM's layout), else the last part.
 
-    s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model.
+    s3://bucket/vllm/my-model/v1 → my-model/v1; /models/my-model/model.tensors → my-model. Where
+    there is no path, the bucket's or host's name; never what stands before the host.
     """
-    path = unquote(urlsplit(uri).path) if "://" in uri else uri
+    scheme, separator, rest = redact_uri(uri).partition("://")  # a password may hold a "/"
+    place, path = "", uri
+    if separator:
+        if scheme != "file":
+            place, _, rest = rest.partition("?")[0].partition("/")
+        path = unquote(rest) if unquote(rest).isprintable() else rest
     parts = [part for part in path.split("/") if part not in {"", "."}]
     if parts and parts[-1].endswith(".tensors"):
         stem = parts.pop().removesuffix(".tensors")
         if not parts:
-            return stem
+            return stem or _NAMELESS
     if "vllm" in parts[:-1]:
         return "/".join(parts[parts.index("vllm") + 1 :])
-    return parts[-1] if parts else urlsplit(uri).netloc
+    if parts:
+        return parts[-1]
+    return re.sub(r":\d*$", "", place.rpartition("@")[2]) or _NAMELESS
 
 
 def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
@@ -189,9 +260,13 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
     return {
         "settings": dict(settings.shown()),
         "bundle": bundle,
-        "weights": [sources.join(bundle, template) for template in plan.tensors],
+        # As the URI is shown: what looks like a password in it looks like one in a name.
+        "weights": [
+            redact_uri(f"{plan.bundle_uri.partition('?')[0]}/{template}").rpartition("/")[2]
+            for template in plan.tensors
+        ],
         "model_directory": str(plan.model_dir),
-        "command": list(plan.argv),
+        "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(
             [f"--{name}" for name, _ in plan.secret_flags]
             + [
@@ -202,7 +277,8 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
             + (["s3 credentials"] if settings.s3.secret_access_key else [])
         ),
         "environment": {
-            name: redact_uri(value) if "://" in value else value for name, value in plan.environment
+            name: redact_text(redact_uri(value)) if "://" in value else value
+            for name, value in plan.environment
         },
     }
 
@@ -219,9 +295,9 @@ def _reachable(host: str) -> str:
 def _positive(text: str | None, name: str) -> int:
     if text is None:
         return 1
-    if text.isdecimal() and int(text) > 0:
+    if _WHOLE.fullmatch(text) and 0 < int(text) <= MOST_RANKS:
         return int(text)
-    raise ConfigurationError(f"{name} {text!r} is not a whole number above 0.")
+    raise ConfigurationError(f"{name} {text[:40]!r} is not a whole number from 1 to {MOST_RANKS}.")
 
 
 def _engine_environment(settings: Settings) -> tuple[tuple[str, str], ...]:
@@ -286,9 +362,9 @@ class _GivenArguments:
         text = self.value("port")
         if text is None:
             return default
-        if text.isdecimal() and 0 < int(text) < 65536:
+        if _WHOLE.fullmatch(text) and 0 < int(text) < 65536:
             return int(text)
-        raise ConfigurationError(f"--port {text!r} is not a port.", hint="Use 1 to 65535.")
+        raise ConfigurationError(f"--port {text[:40]!r} is not a port.", hint="Use 1 to 65535.")
 
 
 def _is_number(word: str) -> bool:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from tensorserve import sources
 from tensorserve.host_memory import fetched_bytes, limit_of
-from tensorserve.linux import run_on
+from tensorserve.linux import hide_memory, run_on
 from tensorserve.loading import LoadProgress
 from tensorserve.loading.prefetch import Prefetcher
 from tensorserve.loading.shared import SharedBlocks
@@ -107,6 +107,7 @@ def _run(settings: Settings, shard: Shard, shared: SharedBlocks, log: EventLog) 
     try:
         os.nice(_NICENESS)
         own = shared.reopen()
+        hide_memory()  # it has the settings, and nobody opens anything of it
         _fetch(settings, shard, own, prefetch_budget(settings, shared.ranks), log)
     finally:
         os._exit(0)

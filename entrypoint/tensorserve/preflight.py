@@ -27,7 +27,7 @@ from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import MANIFEST, Manifest, check_index
 from tensorserve.opening import OpenTensors, access_for, key_for, open_manifest, open_tensors
-from tensorserve.plan import SHARD_PATTERN, LaunchPlan, wants_adapters
+from tensorserve.plan import SHARD_PATTERN, LaunchPlan, shard_name, wants_adapters
 from tensorserve.prefetching import may_share
 from tensorserve.ranks import Ranks, has_flag, ranks_of
 from tensorserve.secret import redact_uri
@@ -189,6 +189,8 @@ def check_port(what: str, host: str, port: int) -> Passed:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+    except (UnicodeError, TypeError) as error:  # an empty label, one too long; bytes, not UTF-8
+        raise ConfigurationError(f"The {what} cannot listen on {host!r}: no host name.") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             variable = "TENSORSERVE_PORT" if what == "API" else "TENSORSERVE_METRICS_PORT"
@@ -498,7 +500,7 @@ def _first_shard(
             continue
         if not SHARD_PATTERN.search(template):
             return template, opened
-        beyond = sources.join(plan.bundle_uri, template % plan.tensor_parallel_size)
+        beyond = sources.join(plan.bundle_uri, shard_name(template, plan.tensor_parallel_size))
         try:
             sources.open_source(beyond, access).close()
         except NotFoundError:

@@ -13,6 +13,8 @@ from supervisor.medusa import asyncore_25 as asyncore
 from supervisor.options import ServerOptions
 from supervisor.supervisord import Supervisor
 
+from tensorserve.linux import end_with_parent
+
 
 class _Prompt(Supervisor):  # type: ignore[misc] # supervisor has no types
     def runforever(self) -> None:
@@ -23,7 +25,8 @@ class _Prompt(Supervisor):  # type: ignore[misc] # supervisor has no types
 
 
 def main() -> None:
-    """As `supervisord` with the arguments of this process."""
+    """As `supervisord` with the arguments of this process; it ends with `up`, which made it."""
+    end_with_parent()
     options = ServerOptions()
     options.realize(sys.argv[1:], doc=__doc__)
     options.first, options.test = True, False

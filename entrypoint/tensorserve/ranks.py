@@ -5,6 +5,7 @@ From the flags of `vllm serve` (0.32.0) alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # With these, ranks may be on machines that only Ray knows.
@@ -75,4 +76,6 @@ def _spelled(name: str) -> str:
 def _number(argv: tuple[str, ...], default: int, *names: str) -> int:
     """vLLM itself refuses what is no number; here it counts as not given."""
     text = flag_value(argv, *names)
-    return int(text) if text is not None and text.isdecimal() and int(text) else default
+    if text is None or not re.fullmatch(r"[0-9]{1,6}", text):
+        return default
+    return int(text) or default

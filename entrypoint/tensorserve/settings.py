@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tensorserve import vllm_flags
 from tensorserve.child_environment import FLAG_ALIASES, child_environment
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import REDACTED, Secret, redact_uri
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.variables import BY_NAME, VARIABLES, Variable, default_state_dir
 
 PREFIX = "TENSORSERVE_"
@@ -32,6 +32,8 @@ AWS_SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "S3_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN": None,
 }
+# Used as the bytes that they are.
+_BYTES = frozenset({"TENSORSERVE_KEY", "TENSORSERVE_PASSPHRASE"})
 # What Kubernetes puts into every pod for a Service (enableServiceLinks).
 _SERVICE_LINK = re.compile(
     r"TENSORSERVE_(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)"
@@ -203,6 +205,13 @@ class _Reader:
                 f"{variable.name} is empty.", f"Give it a value ({variable.accepts}) or unset it."
             )
             return None
+        if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+            self._problem(
+                f"{variable.name} has a character that is none (a line break, a NUL, or bytes that "
+                "are not UTF-8).",
+                "Was it copied with its line break?",
+            )
+            return None
         try:
             return variable.parse(text, variable.name)
         except ConfigurationError as error:
@@ -210,7 +219,18 @@ class _Reader:
             return None
 
     def _secret(self, name: str) -> Secret | None:
-        """The secret `name`, from itself or from the file that `name_FILE` names."""
+        """The secret `name`; one that is sent somewhere as text has to be text."""
+        secret = self._given_secret(name)
+        if secret is not None and name not in _BYTES:
+            try:
+                secret.reveal().decode()
+            except UnicodeDecodeError:
+                self._problem(f"{secret.origin} is not UTF-8 text.", "Is it the right secret?")
+                return None
+        return secret
+
+    def _given_secret(self, name: str) -> Secret | None:
+        """From itself or from the file that `name_FILE` names."""
         file_name = f"{name}_FILE"
         if name in self.environ and file_name in self.environ:
             self._problem(f"Both {name} and {file_name} are set.", "Set one of them.")
@@ -248,6 +268,15 @@ class _Reader:
     def _check_key(self, key: Secret) -> None:
         from tensorserve.keys import parse_key
 
+        if "TENSORSERVE_KEY" in self.environ and len(key.reveal()) == 32:
+            # Handed over from a file it is hex by now.
+            self._problem(
+                f"The key from {key.origin} is 32 characters of text: a key is 64 hex digits, or "
+                "base64 of 32 bytes.",
+                "If it is a passphrase, set TENSORSERVE_PASSPHRASE instead. 32 raw bytes are taken "
+                "from a file alone: TENSORSERVE_KEY_FILE.",
+            )
+            return
         try:
             parse_key(key)
         except ConfigurationError as error:
@@ -315,12 +344,9 @@ class _Reader:
             self._problem(
                 f"{missing} is missing while the other half of the pair is set.", "Set both."
             )
+        for name in (*AWS_ENDPOINTS, "AWS_ENDPOINT_URL_STS"):
+            self._check_endpoint(name)
         endpoint = next((self.environ[n] for n in AWS_ENDPOINTS if self.environ.get(n)), None)
-        if endpoint is not None and urlsplit(endpoint).scheme not in {"http", "https"}:
-            self._problem(
-                f"The S3 endpoint {redact_uri(endpoint)!r} is not a URL.",
-                "Use https://host:port (AWS_ENDPOINT_URL_S3).",
-            )
         return S3Settings(
             endpoint_url=endpoint,
             region=self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION") or None,
@@ -329,6 +355,27 @@ class _Reader:
             secret_access_key=secrets["AWS_SECRET_ACCESS_KEY"],
             session_token=secrets["AWS_SESSION_TOKEN"],
         )
+
+    def _check_endpoint(self, name: str) -> None:
+        endpoint = self.environ.get(name)
+        if not endpoint:
+            return
+        if "@" in endpoint:
+            # It would be sent beside the signature, and stand in the children's environment.
+            self._problem(
+                f"{name} has an @ in it: an endpoint has neither a user nor a password.",
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead.",
+            )
+            return
+        try:
+            host_and_port(endpoint, name)
+            proper = endpoint.partition("://")[0].lower() in {"http", "https"}
+        except ConfigurationError:
+            proper = False
+        if not proper:
+            self._problem(
+                f"{name}={redact_uri(endpoint)!r} is not a URL.", "Use https://host:port."
+            )
 
 
 def handed_over(

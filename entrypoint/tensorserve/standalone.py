@@ -22,6 +22,7 @@ from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import KEY_SIZE
+from tensorserve.linux import no_core_files
 from tensorserve.opening import access_for
 from tensorserve.plan import LaunchPlan, make_plan
 from tensorserve.preflight import (
@@ -63,6 +64,7 @@ def llm_kwargs(
     ``<model>/adapters/NAME``, for `LoRARequest`. Raises ConfigurationError, CorruptError and the
     sources' errors.
     """
+    no_core_files()
     given = dict(os.environ if environ is None else environ)
     flags = [name for name in given if name.startswith(_FLAGS)]
     if flags:

@@ -7,14 +7,15 @@ vLLM's page. Each option is mapped to a setting or refused with the reason; none
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tensorserve.bounded_json import read_json
 from tensorserve.errors import ConfigurationError, UsageError
 
 # What vLLM adds by itself (engine/arg_utils.py, create_load_config).
 _VLLMS_OWN = "tensorizer_config"
+_MOST_THREADS = 1024
 # How `llm_kwargs` and `tensorserve serve` hand over a start.
 REFERENCE = "tensorserve"
 _DIRECTORY, _URI = "tensorizer_dir", "tensorizer_uri"
@@ -187,14 +188,16 @@ def encrypting_threads(text: str) -> int | None:
     Raises UsageError for what has no meaning here.
     """
     try:
-        options = json.loads(text)
+        options = read_json(text)
         if not isinstance(options, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"--serialization-kwargs is not a JSON object: {error}.") from error
     threads = options.pop("limit_cpu_concurrency", None)
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError(f"limit_cpu_concurrency is {threads!r}, not a number above 0.")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
+        raise UsageError(
+            f"limit_cpu_concurrency is {threads!r}, not a number above 0, up to {_MOST_THREADS}."
+        )
     if options.pop("compress_tensors", False):
         raise UsageError(
             "compress_tensors: tensorizer itself writes tensors as they are.", hint="Leave it out."

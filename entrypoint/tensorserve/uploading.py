@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensorserve.errors import PermissionDeniedError, SourceUnavailableError
+from tensorserve.secret import redact_text
 from tensorserve.sources.s3 import s3_error
 
 # S3 allows 10,000 parts of 5 MiB to 5 GiB. 16 MiB make a request's latency small beside it.
@@ -47,7 +48,7 @@ class Bucket:
             raise s3_error(error, name, self.name, self._region) from error
         except BotoCoreError as error:
             raise SourceUnavailableError(
-                f"{name} could not be written: {error}.",
+                f"{name} could not be written: {redact_text(str(error))}.",
                 hint="Is AWS_ENDPOINT_URL_S3 right, and the server up?",
             ) from error
 

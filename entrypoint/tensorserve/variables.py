@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.sources.s3_uri import split_s3
 
 
@@ -36,37 +36,54 @@ class Variable:
     shown_default: str | None = None
 
 
+# Few enough digits for int(), which refuses more than 4,300 in its own words.
+_WHOLE = re.compile(r"[0-9]{1,18}")
+
+
+def _short(value: str) -> str:
+    """What was given, for a message: as much of it as a terminal's line takes."""
+    return repr(value if len(value) <= 80 else f"{value[:80]}…")
+
+
 def _text(value: str, _name: str) -> str:
     return value
 
 
 def _uri(value: str, name: str) -> str:
-    scheme = urlsplit(value).scheme if "://" in value else ""
-    if scheme not in {"", "file", "http", "https", "s3"}:
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        return value.rstrip("/") or "/"
+    scheme = scheme.lower()
+    if scheme not in {"file", "http", "https", "s3"}:
         raise ConfigurationError(
             f"{name}: the scheme {scheme!r} is not supported.",
             hint="Use a path, file://, http://, https:// or s3://bucket/prefix.",
         )
+    uri = f"{scheme}://{rest}"
     if scheme == "s3":
         try:
-            split_s3(value)
+            split_s3(uri)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}: {error.message}", hint=error.hint) from None
-    return value.rstrip("/") if not urlsplit(value).query else value
+    if scheme in {"http", "https"}:
+        host_and_port(uri, name)
+        if "?" in rest:
+            return uri  # a signature may end with a "/"
+    return f"{scheme}://{rest.rstrip('/') or '/'}"
 
 
 def _port(value: str, name: str) -> int:
-    if value.isdecimal() and 0 < int(value) < 65536:
+    if _WHOLE.fullmatch(value) and 0 < int(value) < 65536:
         return int(value)
-    raise ConfigurationError(f"{name}={value!r} is not a port.", hint="Use 1 to 65535.")
+    raise ConfigurationError(f"{name}={_short(value)} is not a port.", hint="Use 1 to 65535.")
 
 
 def _count(low: int, high: int) -> Callable[[str, str], int]:
     def parse(value: str, name: str) -> int:
-        if value.isdecimal() and low <= int(value) <= high:
+        if _WHOLE.fullmatch(value) and low <= int(value) <= high:
             return int(value)
         raise ConfigurationError(
-            f"{name}={value!r} is not a whole number from {low} to {high}.",
+            f"{name}={_short(value)} is not a whole number from {low} to {high}.",
             hint=f"For example {name}={max(low, min(high, 16))}.",
         )
 
@@ -80,23 +97,23 @@ def _seconds(value: str, name: str) -> float:
         seconds = -1.0
     if not 1 <= seconds <= 86400:
         raise ConfigurationError(
-            f"{name}={value!r} is not a number of seconds from 1 to 86400.",
+            f"{name}={_short(value)} is not a number of seconds from 1 to 86400.",
             hint=f"For example {name}=300.",
         )
     return seconds
 
 
 def _linger(value: str, name: str) -> float:
-    if not re.fullmatch(r"\d{1,3}(\.\d+)?", value) or float(value) > 300:
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", value) or float(value) > 300:
         raise ConfigurationError(
-            f"{name}={value!r} is not a number of seconds from 0 to 300.",
+            f"{name}={_short(value)} is not a number of seconds from 0 to 300.",
             hint=f"For example {name}=10.",
         )
     return float(value)
 
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 def parse_size(value: str, name: str) -> int:
@@ -104,7 +121,7 @@ def parse_size(value: str, name: str) -> int:
     match = _SIZE.fullmatch(value)
     if not match or (match[3] and not match[2]):
         raise ConfigurationError(
-            f"{name}={value!r} is not a size.", hint=f"For example {name}=1GiB."
+            f"{name}={_short(value)} is not a size.", hint=f"For example {name}=1GiB."
         )
     letter = match[2].upper()
     factor = 1024 ** ("KMGT".index(letter) + 1) if match[3] else _UNITS[letter]
@@ -115,7 +132,7 @@ def _memory_limit(value: str, name: str) -> int:
     size = parse_size(value, name)
     if size < 64 * 1024**2:
         raise ConfigurationError(
-            f"{name}={value!r} is less than 64MiB, too little to read a model with.",
+            f"{name}={_short(value)} is less than 64MiB, too little to read a model with.",
             hint=f"For example {name}=1GiB.",
         )
     return size
@@ -126,7 +143,7 @@ def _choice(*accepted: str) -> Callable[[str, str], str]:
         if value in accepted:
             return value
         raise ConfigurationError(
-            f"{name}={value!r} is not one of {', '.join(accepted)}.",
+            f"{name}={_short(value)} is not one of {', '.join(accepted)}.",
             hint=f"For example {name}={accepted[0]}.",
         )
 
@@ -147,7 +164,7 @@ def _names(value: str, _name: str) -> tuple[str, ...]:
 
 def _path(value: str, name: str) -> Path:
     if not value.startswith("/"):
-        raise ConfigurationError(f"{name}={value!r} is not an absolute path.")
+        raise ConfigurationError(f"{name}={_short(value)} is not an absolute path.")
     return Path(value)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from tensorserve import sources
 from tensorserve.errors import CorruptError, WrongKeyError
+from tensorserve.fingerprint import MOST_RANKS
 from tensorserve.format import (
     FileIndex,
     FileKey,
@@ -36,7 +37,7 @@ from tensorserve.manifest import (
     manifest_line,
 )
 from tensorserve.opening import open_manifest, open_tensors
-from tensorserve.plan import SHARD_PATTERN, split_model_uri
+from tensorserve.plan import SHARD_PATTERN, shard_name, split_model_uri
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, NotFoundError, Source
 from tensorserve.verification import AUTO, DIGESTS, TAGS, verification_of
@@ -186,13 +187,13 @@ def _tensors_without_manifest(
         for candidate in candidates:
             rank = 0
             while not found or rank:
-                name = candidate % rank if SHARD_PATTERN.search(candidate) else candidate
+                name = shard_name(candidate, rank)
                 try:
                     sources.open_source(sources.join(bundle, name), access).close()
                 except NotFoundError:
                     break
                 found.append(name)
-                if name == candidate:
+                if name == candidate or rank == MOST_RANKS:
                     break
                 rank += 1
     if not found:

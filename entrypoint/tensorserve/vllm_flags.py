@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tensorserve.bounded_json import MOST_DIGITS, read_json
 from tensorserve.errors import ConfigurationError
 
 FLAGS_FILE = Path(__file__).with_name("vllm_flags.json")
@@ -71,11 +72,13 @@ class Flag:
         if self.type in _INTEGERS:
             try:
                 int(text)
-            except ValueError:
+            except ValueError:  # also for thousands of digits
                 raise ConfigurationError(
-                    f"{variable}={text!r} is not a whole number.",
+                    f"{variable}={text[:80]!r} is not a whole number.",
                     hint=f"For example {variable}=4.",
                 ) from None
+        if len(text) > MOST_DIGITS and text.isdecimal():
+            raise ConfigurationError(f"{variable} is a number of {len(text)} digits.")
         if self.choices and text not in self.choices:
             near = difflib.get_close_matches(text, self.choices, 1)
             raise ConfigurationError(
@@ -92,8 +95,8 @@ def _words(text: str) -> list[str]:
     """The words of a list flag: a JSON array, or words parted by white space."""
     if text.lstrip().startswith("["):
         try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError:
+            parsed = read_json(text)
+        except ValueError:
             parsed = None
         if isinstance(parsed, list):
             return [item if isinstance(item, str) else json.dumps(item) for item in parsed]

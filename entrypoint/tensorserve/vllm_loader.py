@@ -35,6 +35,7 @@ from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import TensorRecord
 from tensorserve.host_memory import limit_of
 from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
+from tensorserve.linux import hide_memory, no_core_files
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
 from tensorserve.loading.numa import near
 from tensorserve.loading.other_reader import load_failure
@@ -84,6 +85,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
+        no_core_files()  # of `LLM()` as well, which no command of ours has started
         extra = load_config.model_loader_extra_config
         self._started = handed_over_start(extra, os.environ)
         self._options = {} if self._started else settings_environment(extra, os.environ)
@@ -158,6 +160,10 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             raise
         self._phase("postprocess", "end")
         self._phase("warmup", "begin")
+        if get_tensor_model_parallel_world_size() == 1:
+            # Of several ranks, one opens what another has fetched, and torch hands memory on by
+            # pidfd_getfd: there the limit above is all.
+            hide_memory()
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:

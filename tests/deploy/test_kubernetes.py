@@ -36,6 +36,7 @@ from tensorserve.errors import ConfigurationError
 from tensorserve.plan import LaunchPlan, make_plan
 from tensorserve.preflight import SHARED_MEMORY_BYTES, STATE_BYTES
 from tensorserve.settings import Settings
+from tensorserve.sources.addresses import METADATA
 from tensorserve.telemetry.exporter import Exporter
 
 PAGE = ROOT / "docs" / "kubernetes.md"
@@ -113,7 +114,11 @@ def test_the_schemas_find_a_field_that_is_misspelt() -> None:
 @every_example
 def test_custom_resources_are_those_we_know(example: str) -> None:
     """Each has a test of its own below."""
-    found = {m["kind"]: m["apiVersion"] for m in rendered(example) if "." in m["apiVersion"]}
+    found = {
+        m["kind"]: m["apiVersion"]
+        for m in rendered(example)
+        if "." in m["apiVersion"] and not m["apiVersion"].startswith("networking.k8s.io/")
+    }
     assert found.items() <= CUSTOM.items()
     assert "PodMonitor" in found
 
@@ -399,6 +404,29 @@ def test_leader_and_worker_differ_in_what_serves_and_in_nothing_else() -> None:
         assert leader.container[field] == worker.container[field]
     same = {k: v for k, v in leader.spec.items() if k != "containers"}
     assert same == {k: v for k, v in worker.spec.items() if k != "containers"}
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize("example", ["base", "overlays/cpu"])
+def test_the_network_policy_lets_in_and_out_what_a_pod_needs_and_no_more(example: str) -> None:
+    """It selects the pod, names its ports, and leads to no place that hands out credentials."""
+    (policy,) = of_kind(example, "NetworkPolicy")
+    (pod,) = (pod for pod in pods() if pod.example == example)
+    spec = policy["spec"]
+    assert spec["podSelector"]["matchLabels"].items() <= pod.labels.items()
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    clients, prometheus = spec["ingress"]
+    assert clients == {"from": [{"podSelector": {}}], "ports": [{"port": "api"}]}
+    assert all("namespaceSelector" in peer for peer in prometheus["from"])
+    named = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
+    assert named == {"api", "metrics"} == set(pod.ports)
+    dns, model = spec["egress"]
+    assert {port["port"] for port in dns["ports"]} == {53}
+    assert {port["port"] for port in model["ports"]} == {443, 80}
+    left_out = [net for peer in model["to"] for net in peer["ipBlock"]["except"]]
+    assert sorted(left_out) == sorted(map(str, METADATA))
 
 
 # --- metrics ---

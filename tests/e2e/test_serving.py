@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Tensorserve, session_processes, stock_vllm
+from running import Tensorserve, request, session_processes, stock_vllm
 from s3server import S3Server
 
 from rangeserver import RangeServer
+from tensorserve.api_key import OPEN_PATHS
 from tensorserve.cli import main as tensorserve
 from tensorserve.format import read_index, read_tensor
 from tensorserve.keys import parse_key
@@ -151,9 +152,16 @@ def test_answers_from_s3_equal_those_of_stock_vllm(
 
 
 def test_the_api_key_guards_the_api(s3_run: S3Run) -> None:
-    """It reached vLLM, through memory."""
-    status, _ = s3_run.engine.post("/v1/completions", {"model": "model", "prompt": "x"})
-    assert status == 401
+    """It reached vLLM, through memory, and guards every route but those that only say "I live"."""
+    engine = s3_run.engine
+    key = {"Authorization": f"Bearer {s3_run.api_key}"}
+    status, listed = request(f"http://127.0.0.1:{engine.port}/openapi.json", headers=key)
+    assert status == 200
+    paths = {"/metrics", "/docs", "//v1/models", "/openapi.json", *json.loads(listed)["paths"]}
+    assert {"/v1/completions", "/invocations", "/tokenize"} <= paths
+    body = {"model": "model", "prompt": "x"}
+    answers = {path: {engine.get(path)[0], engine.post(path, body)[0]} for path in paths}
+    assert {path for path, codes in answers.items() if codes != {401}} == OPEN_PATHS
 
 
 def test_no_secret_is_found_anywhere(s3_run: S3Run) -> None:

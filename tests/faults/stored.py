@@ -22,8 +22,9 @@ KEY = bytes(range(32))
 OTHER_KEY = bytes(reversed(range(32)))
 BUCKET = "models"
 # Short, so that what is given up is given up within a test; a busy machine is no stall yet.
+ATTEMPTS = 6
 POLICY = RetryPolicy(
-    attempts=6,
+    attempts=ATTEMPTS,
     deadline=8.0,
     connect_timeout=3.0,
     stall_timeout=3.0,

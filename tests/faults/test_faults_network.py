@@ -6,19 +6,21 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import command
 from loading import Load, load
 from proxy import FaultProxy, WireProxy
-from s3server import free_ports
-from stored import BUCKET, MIB, POLICY, Stored, client
+from s3server import S3Server, free_ports
+from stored import ATTEMPTS, BUCKET, MIB, POLICY, Stored, client
 
 from certificates import PrivateCA
 from rangeserver import RangeServer
 from tensorserve.errors import ConfigurationError, CorruptError, SourceUnavailableError
-from tensorserve.sources import Access
+from tensorserve.sources import Access, list_names
+from tensorserve.sources.base import Unobserved
 from waiting import wait_for
 
 
@@ -43,7 +45,7 @@ def test_f16_a_name_that_does_not_resolve(stored: Stored) -> None:
         stored, stored.access("http://no-such-host.invalid:8333", patient), 60
     )
     assert "'no-such-host.invalid' cannot be resolved" in text
-    assert retries == {"dns": POLICY.attempts - 1}
+    assert retries == {"dns": ATTEMPTS - 1}
 
 
 def test_f16_a_name_that_resolves_later(
@@ -72,13 +74,13 @@ def test_f16_nobody_listens(stored: Stored) -> None:
     (port,) = free_ports(1)
     text, retries = unavailable(stored, stored.access(f"http://127.0.0.1:{port}"), 10)
     assert f"127.0.0.1:{port}: connection refused" in text
-    assert retries == {"connect": POLICY.attempts - 1}
+    assert retries == {"connect": ATTEMPTS - 1}
 
 
 def test_f16_a_server_that_listens_later(stored: Stored) -> None:
     """F16: the storage's pod starts after ours."""
     (port,) = free_ports(1)
-    access = stored.access(f"http://127.0.0.1:{port}", replace(POLICY, attempts=1000, deadline=20))
+    access = stored.access(f"http://127.0.0.1:{port}", replace(POLICY, attempts=None, deadline=20))
     done = Load()
     loading = threading.Thread(target=load, args=(stored.uri, access, stored.key, done))
     loading.start()
@@ -87,6 +89,46 @@ def test_f16_a_server_that_listens_later(stored: Stored) -> None:
         loading.join(30)
     assert done.digests == stored.digests
     assert done.retries.keys() == {"connect"}
+
+
+def test_f16_a_server_that_is_restarted(
+    stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F16: the storage is updated: however often a connection is refused, the deadline governs."""
+    policy = replace(POLICY, attempts=None, deadline=60)
+    done, listed, refused = Load(), [], threading.Event()
+    with S3Server(tmp_path) as server:
+        server.make_bucket(BUCKET)
+        client(server).put_object(Bucket=BUCKET, Key=stored.name, Body=stored.data)
+        away = replace(stored, s3=server)
+        access = away.access(server.endpoint_url, policy)
+        server.stop()
+        monkeypatch.setattr("tensorserve.sources.s3.Unobserved", lambda: Refused(refused))
+        folder = stored.uri.rpartition("/")[0]
+        threads = [
+            threading.Thread(target=load, args=(stored.uri, access, stored.key, done)),
+            threading.Thread(target=lambda: listed.append(list_names(folder, access))),
+        ]
+        for thread in threads:
+            thread.start()
+        # More often than the twelve times that once ended it.
+        wait_for(lambda: done.retries.get("connect", 0) > 12, 50)
+        wait_for(refused.is_set, 50)
+        server.start()
+        for thread in threads:
+            thread.join(50)
+    assert done.digests == stored.digests
+    assert listed == [{"model.tensors": len(stored.data)}]
+
+
+class Refused(Unobserved):
+    """Says when a listing was refused for the first time."""
+
+    def __init__(self, seen: threading.Event) -> None:
+        self._seen = seen
+
+    def retry(self, _reason: str) -> None:
+        self._seen.set()
 
 
 def test_f16_a_connection_that_is_never_made(stored: Stored) -> None:

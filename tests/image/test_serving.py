@@ -83,7 +83,8 @@ def test_no_process_may_dump_core(served: Container) -> None:
     )
     limits = served.exec("python", "-c", program).splitlines()
     assert len(limits) > 5
-    assert set(limits) == {"0 0"}
+    # 1: unlike 0, it also holds where the host hands cores to a program (linux.no_core_files).
+    assert set(limits) <= {"0 0", "1 1"}
 
 
 def test_what_the_image_knows_of_the_model_s_class_is_in_vllms_cache(served: Container) -> None:

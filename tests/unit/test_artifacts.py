@@ -76,6 +76,42 @@ def test_with_a_manifest_only_its_files_are_fetched_and_checked(
     assert not (out / "tokenizer.json").exists()
 
 
+def test_a_file_of_another_size_than_the_manifest_s_is_not_written(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """Its digest would be known only when all of it stands in /tmp, which is memory."""
+    manifest = Manifest(
+        files=(entry("config.json", "config.json"),), tensors_files={}, encryption=None, made_by={}
+    )
+    with (bundle / "config.json").open("wb") as file:
+        file.truncate(400 * 1024**2)  # takes no disk
+    out = tmp_path / "model"
+    with pytest.raises(CorruptError, match=r"419430400 bytes, manifest\.json says 11"):
+        fetch_artifacts(str(bundle), ACCESS, out, manifest)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["manifest", "listing", "guessed"])
+def test_all_small_files_together_have_a_bound(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Whatever says how large they are, or nothing: /tmp is memory."""
+    monkeypatch.setattr("tensorserve.artifacts.MAX_TOTAL_BYTES", 30)
+    out = tmp_path / "model"
+    names = ("config.json", "tokenizer.json", "1_Pooling/config.json")
+    entries = tuple(entry(name, name) for name in names)
+    manifest = Manifest(files=entries, tensors_files={}, encryption=None, made_by={})
+    with RangeServer(bundle) as server:
+        place = server.url if how == "guessed" else str(bundle)
+        known = manifest if how == "manifest" else None
+        with pytest.raises(CorruptError, match="30 are the most"):
+            fetch_artifacts(place, ACCESS, out, known)
+    written = (
+        sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
+    )
+    assert written <= 30
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../../x", "a\0b", "", ".", "a//b", "a\\b", "a/./b"]
 )

@@ -127,7 +127,7 @@ print(resource.getrlimit(resource.RLIMIT_CORE))
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "(0, 0)"
+    assert done.stdout.splitlines()[-1] == "(1, 1)"
 
 
 def test_a_mistake_of_ours_ends_with_70(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import session_processes
+from s3server import free_ports
 
 from tensorserve.telemetry import events_path, fold, read_events
+from waiting import wait_for
 
 # The real parent around a stand-in for vLLM: a process that ends as told.
 PROGRAM = """
@@ -44,3 +49,144 @@ def test_the_recorded_code(tmp_path: Path, ended: int, code: int, failed: bool) 
     state = fold(read_events(events_path(tmp_path)))
     assert state.engine_exit == code
     assert (state.failure is not None) == failed
+
+
+# A stand-in for vLLM whose EngineCore is killed, as by the kernel, which counts it; vLLM's server
+# sees it gone and ends with its own code.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tensorserve import engine, memory_group
+from tensorserve.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.start import publish_start
+
+state, group, code = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+environ = {"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_STATE_DIR": state}
+os.environ[HANDOFF_VARIABLE] = publish_start(environ, Settings.from_environment(environ), ())
+engine.memory_group = lambda: memory_group.memory_group(group)
+
+def serve():
+    core = os.fork()
+    if core == 0:
+        signal.pause()
+    os.kill(core, signal.SIGKILL)
+    os.waitpid(core, 0)
+    if sys.argv[4] == "by the kernel":
+        (group / "memory.events").write_text("oom 1\\noom_kill 4\\n")
+    return code
+
+sys.exit(engine.run_engine(serve))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+@pytest.mark.parametrize("by", ["by the kernel", "by hand"])
+def test_a_process_that_the_kernel_ended_for_memory_ends_it_with_137(
+    tmp_path: Path, code: int, by: str
+) -> None:
+    """Whatever vLLM says of it; with figures. A kill by hand counts nothing, and is vLLM's."""
+    group = tmp_path / "group"
+    group.mkdir()
+    files = {"max": "8000000000", "current": "5", "peak": "7990000000", "events": "oom_kill 3\n"}
+    for name, text in files.items():
+        (group / f"memory.{name}").write_text(text)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(group), str(code), by]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    state = fold(read_events(events_path(tmp_path)))
+    assert state.failure is not None
+    if by == "by hand":
+        assert done.returncode == (code or 1)
+        assert state.failure.reason == "engine"
+        return
+    assert done.returncode == state.engine_exit == state.failure.exit_code == 137
+    assert state.failure.reason == "out_of_memory"
+    assert (state.failure.memory_limit, state.failure.memory_peak) == (8_000_000_000, 7_990_000_000)
+    assert "out of memory (limit 8.00 GB, peak 7.99 GB)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# What `up` is to the engine: holds the settings, and is above supervisord.
+ABOVE = """
+import os, signal, subprocess, sys
+from tensorserve.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.start import publish_start
+
+environ = {"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_STATE_DIR": sys.argv[1]}
+os.environ[HANDOFF_VARIABLE] = publish_start(environ, Settings.from_environment(environ), ())
+engine = subprocess.Popen([sys.executable, "-c", sys.argv[2]])
+print(engine.pid, flush=True)
+signal.pause()
+"""
+# vLLM's server with a process of its own that outlives it.
+ENGINE = """
+import os
+from tensorserve.engine import run_engine
+run_engine(lambda: os.execvp("sh", ["sh", "-c", "sleep 1000 & echo started; exec sleep 1000"]))
+"""
+
+
+@pytest.mark.parametrize("victim", ["above", "engine"])
+def test_kill_9_leaves_nothing_behind(tmp_path: Path, victim: str) -> None:
+    """Neither of `up`, outside of a container, nor of the engine's own parent: vLLM's server goes.
+
+    What the server had started goes with the group, where somebody is left to end it.
+    """
+    above = subprocess.Popen(
+        [sys.executable, "-c", ABOVE, str(tmp_path), ENGINE],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert above.stdout is not None
+    try:
+        engine = int(above.stdout.readline())
+        assert above.stdout.readline() == "started\n"
+        assert len(session_processes(above.pid)) == 4
+        if victim == "above":
+            above.kill()
+            above.wait()
+            wait_for(lambda: session_processes(above.pid) == [])
+        else:
+            os.kill(engine, signal.SIGKILL)
+            wait_for(lambda: len(session_processes(above.pid)) == 2)  # above, and an orphan of it
+    finally:
+        for pid in session_processes(above.pid):
+            os.kill(pid, signal.SIGKILL)
+        above.wait()
+        above.stdout.close()
+
+
+def test_kill_9_of_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The real one, with all that it starts, waiting for a server that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port, metrics = free_ports(2)
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "TENSORSERVE_MODEL_URI": f"http://127.0.0.1:{silent.getsockname()[1]}/m",
+            "TENSORSERVE_STATE_DIR": str(tmp_path / "state"),
+            "TENSORSERVE_HOST": "127.0.0.1",
+            "TENSORSERVE_METRICS_HOST": "127.0.0.1",
+            "TENSORSERVE_PORT": str(port),
+            "TENSORSERVE_METRICS_PORT": str(metrics),
+        }
+        with (tmp_path / "log").open("wb") as log:
+            up = subprocess.Popen(
+                [sys.executable, "-m", "tensorserve.cli", "up"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            silent.settimeout(30)
+            silent.accept()[0].close()  # the checks have come to the source
+            # up, supervisord, watch, exporter, engine and what will be vLLM.
+            wait_for(lambda: len(session_processes(up.pid)) == 6, 20)
+            up.kill()
+            up.wait()
+            wait_for(lambda: session_processes(up.pid) == [], 20)
+        finally:
+            for pid in session_processes(up.pid):
+                os.kill(pid, signal.SIGKILL)
+            up.wait()

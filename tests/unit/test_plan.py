@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.manifest import SHARDS
 from tensorserve.plan import (
     describe,
     make_plan,
@@ -73,7 +74,7 @@ def test_an_api_key_among_the_arguments_leaves_the_argument_list(form: tuple[str
     plan = plan_of({}, *form, "--enforce-eager")
     assert "canary" not in " ".join(plan.argv)
     assert [secret.reveal() for _, secret in plan.secret_flags] == [b"canary"]
-    assert plan.argv[-1] == "--enforce-eager"
+    assert plan.argv[-2] == "--enforce-eager"
 
 
 def test_short_flags_and_negative_numbers_are_understood() -> None:
@@ -93,6 +94,12 @@ def test_short_flags_and_negative_numbers_are_understood() -> None:
         ("https://host/a/vllm/org/model/v2?sig=secret", "org/model/v2"),
         ("s3://bucket", "bucket"),
         ("weights.tensors", "weights"),
+        ("https://user:PW@host", "host"),
+        ("https://user:PW@host:8443/", "host"),
+        ("https://PW@host/?sig=PW", "host"),
+        ("https://user:PW@host/org/model", "model"),
+        ("https://user:1/PW@host", "host"),
+        ("https://user:1/PW/vllm/PW@host/m", "m"),
     ],
 )
 def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
@@ -108,6 +115,18 @@ def test_the_served_name_comes_from_the_uri(uri: str, name: str) -> None:
         ("/m/x.tensors", "/m", ("x.tensors",)),
         ("https://h/m/x.tensors?sig=1", "https://h/m?sig=1", ("x.tensors",)),
         ("s3://b/m/r-%03d.tensors", "s3://b/m", ("r-%03d.tensors",)),
+        ("https://h/m/r-%03d.tensors", "https://h/m", ("r-%03d.tensors",)),
+        ("https://h/a%20b/x%20%23%25%3F-%03d.tensors", "https://h/a%20b", ("x #%?-%03d.tensors",)),
+        ("file:///a%20b/x%20y.tensors", "file:///a%20b", ("x y.tensors",)),
+        ("file:///a?b#c/x.tensors", "file:///a?b#c", ("x.tensors",)),
+        ("s3://b/m?#%20/x%20y.tensors", "s3://b/m?#%20", ("x%20y.tensors",)),
+        ("/x.tensors", "/", ("x.tensors",)),
+        ("x.tensors", ".", ("x.tensors",)),
+        ("https://u:p@h.tensors", "https://u:p@h.tensors", ("model.tensors", SHARDS)),
+        ("s3://b.tensors", "s3://b.tensors", ("model.tensors", SHARDS)),
+        ("https://h/x.tensors#f", "https://h", ("x.tensors",)),
+        ("file:///x.tensors", "file://", ("x.tensors",)),
+        ("s3://b/x.tensors", "s3://b", ("x.tensors",)),
     ],
 )
 def test_a_uri_names_a_bundle_or_one_file_of_it(
@@ -115,6 +134,15 @@ def test_a_uri_names_a_bundle_or_one_file_of_it(
 ) -> None:
     """Both forms lead to the same bundle."""
     assert split_model_uri(uri) == (directory, names)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://b/%03d%03d.tensors", "https://h/a%03d-%02d.tensors", "https://h/a%2Fb.tensors"]
+)
+def test_a_name_that_names_no_file_is_refused(uri: str) -> None:
+    """Two ranks in one name, or a slash within one."""
+    with pytest.raises(ConfigurationError):
+        split_model_uri(uri)
 
 
 def test_shards_are_one_file_a_rank() -> None:
@@ -166,6 +194,32 @@ def test_the_description_holds_no_secret() -> None:
     }
     settings = Settings.from_environment(environ)
     assert "canary" not in json.dumps(describe(make_plan(settings), settings))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://user:canary@host/vllm/m",
+        "https://canary@host",
+        "https://user:1/canary@host",
+        "https://user:canary@host/m.tensors?sig=canary#canary",
+        "HTTPS://user:canary@host/m",
+    ],
+)
+def test_no_credential_of_a_uri_is_in_the_plan(uri: str) -> None:
+    """Neither in what is printed, nor in vLLM's arguments, nor in its environment."""
+    environ = {
+        "TENSORSERVE_MODEL_URI": uri,
+        "TENSORSERVE_VLLM_OTLP_TRACES_ENDPOINT": "http://u:canary@collector:4317",
+        "TENSORSERVE_PASS_ENV": "HTTPS_PROXY",
+        "HTTPS_PROXY": "http://u:canary@proxy:3128",
+    }
+    settings = Settings.from_environment(environ)
+    plan = make_plan(settings)
+    assert "canary" not in json.dumps(describe(plan, settings))
+    # What the user hands to vLLM by name is the user's; the rest is ours.
+    ours = [word for word in plan.argv if "collector" not in word]
+    assert "canary" not in " ".join(ours)
 
 
 def test_adapters_are_handed_to_vllm() -> None:

@@ -59,6 +59,13 @@ def test_an_address_that_is_not_ours_is_said_as_such() -> None:
         preflight.check_port("API", "192.0.2.1", 8000)
 
 
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", "\udcff"])
+def test_what_is_no_host_name_is_said(host: str) -> None:
+    """Not Python's UnicodeError."""
+    with pytest.raises(ConfigurationError, match="cannot listen"):
+        preflight.check_port("API", host, 8000)
+
+
 @pytest.mark.parametrize(
     ("environ", "shard", "cpu", "expected"),
     [

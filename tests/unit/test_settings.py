@@ -57,6 +57,25 @@ def test_every_mistake_is_reported_at_once() -> None:
     assert len(found) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TENSORSERVE_MODEL_URI", "https://user:ca/nary@host/m"),
+        ("TENSORSERVE_MODEL_URI", "https://user:canary@[::1/m"),
+        ("TENSORSERVE_MODEL_URI", "s3://user:canary@bucket/m"),
+        ("TENSORSERVE_MODEL_URI", "ftp://user:canary@host/m"),
+        ("AWS_ENDPOINT_URL_S3", "https://user:canary@host"),
+        ("AWS_ENDPOINT_URL_STS", "https://user:canary@host"),
+        ("S3_ENDPOINT_URL", "user:canary@host"),
+    ],
+)
+def test_a_wrong_uri_is_refused_without_its_credentials(name: str, value: str) -> None:
+    """The message is printed, and stands in the container's log."""
+    message = only_problem(URI | {name: value})
+    assert name.replace("S3_ENDPOINT_URL", "ENDPOINT") in message or "endpoint" in message
+    assert "nary" not in message
+
+
 def test_a_secret_and_its_file_exclude_each_other(tmp_path: Path) -> None:
     """Which of two values would win is never guessed."""
     file = tmp_path / "key"
@@ -74,6 +93,21 @@ def test_a_key_file_is_raw_or_text_with_a_newline(tmp_path: Path, content: bytes
     assert settings.key is not None
     assert len(settings.key.reveal()) in {32, 64}
     assert str(file) in settings.key.origin
+
+
+@pytest.mark.parametrize("text", ["correct horse battery staple 123", "0" * 32, "é" * 16])
+def test_32_characters_in_a_variable_are_no_key(tmp_path: Path, text: str) -> None:
+    """A passphrase of that length would be taken for a key that everybody can guess."""
+    message = only_problem(URI | {"TENSORSERVE_KEY": text})
+    assert "TENSORSERVE_PASSPHRASE" in message
+    assert text not in message
+    file = tmp_path / "key"
+    file.write_text(text)
+    settings = Settings.from_environment(URI | {"TENSORSERVE_KEY_FILE": str(file)})
+    environment, origins = handed_over(URI, settings)
+    again = Settings.from_environment(environment, origins)
+    assert again.key is not None
+    assert bytes.fromhex(again.key.reveal_text()) == text.encode()
 
 
 def test_a_key_of_the_wrong_length_is_refused_without_showing_it() -> None:

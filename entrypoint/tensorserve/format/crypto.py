@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.box import KEY_SIZE, NONCE_SIZE, TAG_SIZE, fastest_box, sodium
+from tensorserve.memory_group import available_bytes
 
 SALT_SIZE = 16
 ALGORITHM_ARGON2ID13 = 2
@@ -24,6 +25,10 @@ MIN_DERIVATION_MEMORY = 8 * 1024
 MAX_DERIVATION_MEMORY = 4 * 1024**3  # bytes
 MAX_DERIVATION_PASSES = 2**16
 MAX_DERIVATION_WORK = 64 * 1024**3  # bytes times passes: about a minute
+
+
+# Of what is left: the rest is for what happens beside it.
+_SHARE_OF_MEMORY = 0.8
 
 
 class TagMismatchError(CorruptError):
@@ -145,6 +150,15 @@ def derive_key(
             "which is out of bounds.",
             hint="If that is meant, derive the key yourself and give it as TENSORSERVE_KEY_FILE. "
             "Otherwise the file is damaged or forged.",
+        )
+    # A header is not authenticated before there is a key: its word must not end the container.
+    left = available_bytes()
+    if left is not None and memory > left * _SHARE_OF_MEMORY:
+        raise ConfigurationError(
+            f"{asked_by} asks for a key derivation over {memory // 2**20} MiB of memory, of which "
+            f"{left // 2**20} MiB are left here.",
+            hint="Raise the container's memory limit, or derive the key elsewhere and give it as "
+            "TENSORSERVE_KEY_FILE. If the file is not yours, it may be forged.",
         )
     key = ctypes.create_string_buffer(KEY_SIZE)
     failed = sodium().crypto_pwhash(

@@ -193,7 +193,10 @@ def _parse_entry(
     shape = reader.shape(long=long_shape)
     header_offset, data_offset, length = _LOCATION.unpack(reader.take(24, "location"))
 
-    # Python's integers cannot overflow: a product of huge dimensions is just a number here.
+    # What torch can express, zero dimensions set aside as torch does for its strides. First: of a
+    # product of 255 huge dimensions Python prints no decimal digits.
+    if math.prod(dimension or 1 for dimension in shape) * dtype.item_size > _INT64_MAX:
+        raise _damaged(source, f"tensor {name!r} has an impossible shape {shape}")
     nbytes = math.prod(shape) * dtype.item_size
     is_meta = length == 0 and nbytes > 0
     if not is_meta and nbytes != length:
@@ -202,9 +205,6 @@ def _parse_entry(
             f"tensor {name!r} of shape {shape} and dtype {dtype.name} takes {nbytes} bytes, "
             f"but its index entry says {length}",
         )
-    # What torch can express, zero dimensions set aside as torch does for its strides.
-    if math.prod(dimension or 1 for dimension in shape) * dtype.item_size > _INT64_MAX:
-        raise _damaged(source, f"tensor {name!r} has an impossible shape {shape}")
     return TensorRecord(
         name=name,
         kind=kind,

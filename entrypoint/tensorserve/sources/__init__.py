@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from tensorserve.errors import ConfigurationError
+from tensorserve.sources.addresses import host_and_port
 from tensorserve.sources.base import (
     Access,
     FetchObserver,
@@ -65,14 +66,17 @@ def list_names(uri: str, access: Access) -> dict[str, int] | None:
 
 
 def join(base: str, name: str) -> str:
-    """The URI of `name` below the directory `base`. An HTTP query (a SAS token) is kept."""
+    """The URI of `name`, as it is on a disk, below the directory `base`.
+
+    It is encoded where URIs are: in an HTTP one, whose query (a SAS token) is kept, and in file://.
+    """
     if base.startswith("file://"):
-        return f"{base.rstrip('/')}/{quote(name)}"
+        return f"file://{base.removeprefix('file://').rstrip('/')}/{quote(name)}"
     if _kind(base) != "http":
         return f"{base.rstrip('/')}/{name}"
+    host_and_port(base, "The bundle's address")
     parts = urlsplit(base)
-    # "%" stays: "%03d" stands for a rank in templates.
-    path = f"{parts.path.rstrip('/')}/{quote(name, safe='/-_.~%')}"
+    path = f"{parts.path.rstrip('/')}/{quote(name, safe='/-_.~')}"
     return urlunsplit(parts._replace(path=path))
 
 

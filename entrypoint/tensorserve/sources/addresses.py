@@ -1,17 +1,49 @@
-"""Which URLs may be asked: proper ones, and not hosts that hand out a machine's credentials."""
+"""Which URLs may be asked: proper ones, and not hosts that hand out a machine's credentials.
+
+A name is resolved once for each connection, and the addresses that were looked at are those that
+are dialled (answers.py): a name server cannot give another one in between. Where a proxy stands
+between, the proxy resolves and dials: then only what is written as an address is looked at.
+"""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.sources.retry import TryAgain
 
-# Metadata services that do not lie in a link-local network.
-_METADATA = frozenset(
-    ipaddress.ip_address(a) for a in ("fd00:ec2::254", "100.100.100.200", "fd20:ce::254")
+# Where machines ask for their own credentials.
+METADATA: tuple[IPv4Network | IPv6Network, ...] = (
+    IPv4Network("169.254.0.0/16"),  # link-local: AWS, Google, Azure, Oracle and most others
+    IPv6Network("fe80::/10"),  # link-local
+    IPv4Network("100.100.100.200/32"),  # Alibaba
+    IPv4Network("168.63.129.16/32"),  # Azure's wire server
+    IPv4Network("192.0.0.192/32"),  # Oracle, older images
+    IPv6Network("fd00:ec2::/32"),  # AWS: ::254 instances, ::23 pods
+    IPv6Network("fd20:ce::254/128"),  # Google
+    IPv6Network("fd00:c1::/32"),  # Oracle
+    IPv6Network("fd00:42::42/128"),  # Scaleway
+)
+# Names of such services, wherever a search list makes them lead.
+_NAMES = frozenset(
+    """metadata metadata.google.internal metadata.goog instance-data instance-data.ec2.internal
+    metadata.azure.internal metadata.azure.com metadata.platformequinix.com
+    metadata.tencentyun.com""".split()
+)
+# Prefixes whose last 32 bits are an IPv4 address: compatible, mapped, translated (RFC 2765), NAT64
+# (RFC 6052, RFC 8215).
+_ENDS_IN_V4 = tuple(
+    map(
+        IPv6Network, ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
+    )
+)
+_NAT64_LOCAL, _6TO4, _TEREDO = (
+    IPv6Network("64:ff9b:1::/48"),
+    IPv6Network("2002::/16"),
+    IPv6Network("2001::/32"),
 )
 
 
@@ -35,26 +67,71 @@ def host_and_port(url: str, what: str) -> tuple[str, int]:
     return host, port or (443 if parts.scheme == "https" else 80)
 
 
-def refuse_metadata(host: str, port: int, allowed: frozenset[str]) -> None:
-    """Raise ConfigurationError if `host` is, or resolves to, a link-local or metadata address.
+def resolve(host: str, port: int, allowed: frozenset[str]) -> tuple[str, ...]:
+    """The addresses of `host`, all of which may be dialled.
 
-    A bundle's URI or a redirect could otherwise make this machine fetch its own credentials
-    (169.254.169.254) and show them in an error. Raises TryAgain("dns") if it does not resolve.
+    Raises ConfigurationError if `host` is, or resolves to, a link-local or metadata address: a
+    bundle's URI or a redirect could otherwise make this machine fetch its own credentials and show
+    them in an error. Raises TryAgain("dns") if it does not resolve. `allowed` names are not looked
+    at.
     """
-    if host.lower() in {name.lower() for name in allowed}:
-        return
+    name = host.strip("[]").rstrip(".").lower()
+    exempt = name in {each.rstrip(".").lower() for each in allowed}
+    if name in _NAMES and not exempt:
+        raise _refusal(host, "a name of the service")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # This also reads 2852039166, 0xA9FEA9FE and 0251.0376.0251.0376 as a browser would.
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise TryAgain("dns", f"the name {host!r} cannot be resolved ({error.strerror})") from error
-    except UnicodeError as error:  # an empty label, or one too long
+    except (UnicodeError, ValueError, TypeError) as error:  # an empty label, one too long, a NUL
         raise ConfigurationError(f"{host!r} is not a host name.") from error
-    for entry in found:
-        address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
-        if address.is_link_local or address in _METADATA:
-            raise ConfigurationError(
-                f"{host} is the link-local address {address}, where machines keep credentials.",
-                hint=f"If a model is really there, set TENSORSERVE_ALLOWED_HOSTS={host}.",
-            )
+    addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+    for text in () if exempt else addresses:
+        if hands_out_credentials(text):
+            raise _refusal(host, f"the link-local or metadata address {text}")
+    return addresses
+
+
+def hands_out_credentials(text: str) -> bool:
+    """Whether the address `text` is a metadata service's, or leads to one through a translator."""
+    address = ip_address(text.partition("%")[0])
+    return any(
+        each in network
+        for each in (address, *_embedded(address))
+        for network in METADATA
+        if each.version == network.version
+    )
+
+
+def _embedded(
+    address: IPv4Address | IPv6Address,
+) -> Iterator[IPv4Address]:
+    """The IPv4 addresses that an IPv6 address may stand for."""
+    if isinstance(address, IPv4Address):
+        return
+    number = int(address)
+
+    def v4(value: int) -> IPv4Address:
+        return IPv4Address(value & 0xFFFFFFFF)
+
+    if any(address in network for network in _ENDS_IN_V4):
+        yield v4(number)
+    if address in _NAT64_LOCAL:  # RFC 6052, 2.2: bits 64 to 71 are left out
+        for prefix in (48, 56, 64):
+            without = (number >> 64 << 56) | (number & (1 << 56) - 1)
+            yield v4(without >> (120 - prefix - 32))
+    if address in _6TO4:
+        yield v4(number >> 80)
+    if address in _TEREDO:
+        yield v4(number >> 64)
+        yield v4(~number)
+    if number >> 32 & 0xFFFFFFFF in {0x5EFE, 0x02005EFE}:  # ISATAP
+        yield v4(number)
+
+
+def _refusal(host: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{host} is {what}, where machines keep credentials.",
+        hint=f"If a model is really there, set TENSORSERVE_ALLOWED_HOSTS={host}.",
+    )

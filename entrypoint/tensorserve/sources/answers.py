@@ -1,19 +1,45 @@
-"""Answers whose header must be complete in time: urllib3's timeout is one between two bytes."""
+"""Connections to addresses that were looked at, and answers whose header is complete in time.
+
+urllib3 resolves a name itself, after whoever has looked at it; its timeout is one between two
+bytes.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable, Sequence
 from http.client import HTTPResponse
 from typing import Any, BinaryIO
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.util.connection import create_connection
+
+Resolve = Callable[[str, int], Sequence[str]]
 
 
-def watch_headers(pool: PoolManager) -> None:
-    """Answers that come through `pool` have the read timeout for the whole of their header."""
-    pool.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+def watch_connections(pool: PoolManager, resolve: Resolve) -> None:
+    """Connections of `pool` go to an address that `resolve` (host, port) gives, as it gives it.
+
+    It is called for each new connection; name and certificate stay those of the host. What it
+    raises, a request raises. Answers have the read timeout for the whole of their header.
+    """
+
+    class Plain(_Dialled, HTTPConnection):
+        addresses = staticmethod(resolve)
+
+    class Tls(_Dialled, HTTPSConnection):
+        addresses = staticmethod(resolve)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+    pool.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
 
 
 class _TimedLines:
@@ -67,17 +93,26 @@ class _Answer(HTTPResponse):
         connection.settimeout(seconds)
 
 
-class _Connection(HTTPConnection):
+class _Dialled(HTTPConnection):
     response_class = _Answer
+    addresses: Resolve
 
-
-class _TlsConnection(HTTPSConnection):
-    response_class = _Answer
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
+    def _new_conn(self) -> socket.socket:
+        """As urllib3's, but to addresses that were looked at instead of to a name."""
+        failure: OSError | None = None
+        # With its dot at the end, where it has one: a name server asks for another name without.
+        for address in self.addresses(self._dns_host, self.port):
+            try:
+                return create_connection(
+                    (address, self.port),
+                    self.timeout,
+                    source_address=self.source_address,
+                    socket_options=self.socket_options,
+                )
+            except OSError as error:
+                failure = error
+        if isinstance(failure, TimeoutError):
+            raise ConnectTimeoutError(self, f"Connection to {self.host} timed out.") from failure
+        raise NewConnectionError(
+            self, f"Failed to establish a new connection: {failure}"
+        ) from failure

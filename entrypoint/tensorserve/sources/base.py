@@ -97,8 +97,8 @@ class Unobserved:
 class RetryPolicy:
     """When to try again, and when to give up. Times in seconds, rates in bytes per second."""
 
-    attempts: int = 12
-    """In a row without any progress."""
+    attempts: int | None = None
+    """In a row without any progress; None: as many as the deadline leaves time for."""
     deadline: float = 300.0
     """Without any progress of one range."""
     connect_timeout: float = 5.0

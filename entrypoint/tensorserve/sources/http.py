@@ -19,8 +19,8 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.secret import redact_uri
-from tensorserve.sources.addresses import host_and_port, refuse_metadata
-from tensorserve.sources.answers import watch_headers
+from tensorserve.sources.addresses import host_and_port, resolve
+from tensorserve.sources.answers import watch_connections
 from tensorserve.sources.base import (
     Access,
     FetchObserver,
@@ -29,6 +29,7 @@ from tensorserve.sources.base import (
     RetryPolicy,
     Unobserved,
 )
+from tensorserve.sources.library_logs import hold_back
 from tensorserve.sources.parts import Filling, ReadsParts
 from tensorserve.sources.retry import Attempts, TryAgain, retry_after
 from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
@@ -78,6 +79,7 @@ class HttpSource(ReadsParts):
         name: str | None = None,
         ca_bundle: str | None = None,
     ) -> None:
+        hold_back()
         host_and_port(url, name or "The model's address")
         self._url, self._authorization = _without_user_info(url)
         self._origin = _origin(self._url)
@@ -98,14 +100,14 @@ class HttpSource(ReadsParts):
             # blocksize: what http.client reads from the socket at once.
             blocksize=_STEP,
         )
-        watch_headers(self._pool)
+        allowed = access.allowed_hosts
+        watch_connections(self._pool, lambda host, port: resolve(host, port, allowed))
         self.size = -1
         self.version: str | None = None
         self.pinned = False
         self._etag: str | None = None
         self._modified: str | None = None
         self._head = b""
-        self._checked_hosts: set[tuple[str, int]] = set()
         self._bodies: dict[int, Body] = {}
         """That are being read, by thread."""
         self._lock = threading.Lock()
@@ -274,7 +276,7 @@ class HttpSource(ReadsParts):
         """A GET of bytes [first, last], redirects followed. TryAgain for what may pass."""
         url = self._url
         for _ in range(MAX_REDIRECTS + 1):
-            self._check_host(url)
+            host_and_port(url, f"{self.name}: what it redirects to")
             headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
             if pinned:
                 self._pin(headers)
@@ -307,13 +309,6 @@ class HttpSource(ReadsParts):
         raise SourceUnavailableError(
             f"{self.name}: more than {MAX_REDIRECTS} redirects.", hint="Give the final URL."
         )
-
-    def _check_host(self, url: str) -> None:
-        """Raises ConfigurationError, or TryAgain("dns")."""
-        host, port = host_and_port(url, f"{self.name}: what it redirects to")
-        if (host, port) not in self._checked_hosts:
-            refuse_metadata(host, port, self._access.allowed_hosts)
-            self._checked_hosts.add((host, port))
 
     def _has_strong_etag(self) -> bool:
         return bool(self._etag) and not str(self._etag).startswith("W/")

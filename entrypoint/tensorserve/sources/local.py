@@ -14,6 +14,7 @@ from tensorserve.errors import (
     PermissionDeniedError,
     SourceUnavailableError,
 )
+from tensorserve.secret import redact_uri
 from tensorserve.sources.base import FetchObserver, NotFoundError, ReplacedError, Unobserved
 from tensorserve.sources.parts import Filling, ReadsParts
 
@@ -94,8 +95,8 @@ def local_path(uri: str) -> Path:
     path = uri.removeprefix("file://").removeprefix("localhost")
     if not path.startswith("/"):
         raise ConfigurationError(
-            f"{uri} names a file on another host ({path.partition('/')[0]}).",
-            hint=f"Three slashes make an absolute path: file:///{path}",
+            f"{redact_uri(uri)} names a file on another host.",
+            hint="Three slashes make an absolute path: file:///models/my-model.",
         )
     return Path(unquote(path))
 

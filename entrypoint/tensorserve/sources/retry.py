@@ -11,6 +11,8 @@ from tensorserve.sources.base import FetchObserver, RetryPolicy
 
 # A server may ask for patience, but not for more than this at a time.
 MAX_RETRY_AFTER = 60.0
+# After so many failures in a row, a pause is made although none was asked for.
+_UNPAUSED = 3
 
 
 class TryAgain(Exception):
@@ -60,8 +62,10 @@ class Attempts:
         self._failures += 1
         waited = time.monotonic() - self._progress_at
         policy = self._policy
-        pause = full_jitter(self._failures, policy) if cause.after is None else cause.after
-        if self._failures >= policy.attempts or waited + pause > policy.deadline:
+        left = policy.deadline - waited
+        enough = policy.attempts is not None and self._failures >= policy.attempts
+        # What a server asks for is believed: it will not answer sooner.
+        if enough or left <= 0 or (cause.after or 0) > left:
             raise SourceUnavailableError(
                 f"{self._name}: {cause.message} "
                 f"({self._failures} attempts in {waited:.0f} s without progress).",
@@ -69,7 +73,15 @@ class Attempts:
                 "TENSORSERVE_FETCH_DEADLINE sets the patience.",
             ) from cause
         self._observer.retry(cause.reason)
-        time.sleep(pause)
+        # One attempt more at the very end, rather than none in the last of the pauses.
+        time.sleep(min(self._pause(cause.after), left))
+
+    def _pause(self, asked: float | None) -> float:
+        backoff = full_jitter(self._failures, self._policy)
+        if asked is None:
+            return backoff
+        # Whoever asks for no pause at all, again and again, is not asked without one for ever.
+        return asked if self._failures <= _UNPAUSED else max(asked, backoff)
 
 
 def full_jitter(failures: int, policy: RetryPolicy) -> float:
@@ -77,7 +89,9 @@ def full_jitter(failures: int, policy: RetryPolicy) -> float:
 
     "Full jitter" of AWS's Exponential Backoff And Jitter (2015): the least work for the server.
     """
-    return random.uniform(0, min(policy.backoff_cap, policy.backoff_base * 2.0**failures))
+    return random.uniform(
+        0, min(policy.backoff_cap, policy.backoff_base * 2.0 ** min(failures, 32))
+    )
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:

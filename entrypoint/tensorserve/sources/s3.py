@@ -18,9 +18,11 @@ from tensorserve.errors import (
     PermissionDeniedError,
     SourceUnavailableError,
 )
-from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access
+from tensorserve.secret import redact_text
+from tensorserve.sources.base import Access, FetchObserver, NotFoundError, S3Access, Unobserved
 from tensorserve.sources.http import HttpSource
-from tensorserve.sources.retry import TryAgain
+from tensorserve.sources.library_logs import hold_back
+from tensorserve.sources.retry import Attempts, TryAgain
 from tensorserve.sources.s3_uri import split_s3
 
 _ERROR_CODE = re.compile(rb"<Code>([^<]+)</Code>")
@@ -41,20 +43,30 @@ def _no_credentials_hint() -> str:
     return _NO_CREDENTIALS_HINT
 
 
+def _passes(error: Exception) -> bool:
+    """Whether botocore's `error` is of the way to a server, and not of what a server said."""
+    from botocore.exceptions import ConnectionError, HTTPClientError, SSLError
+
+    # A refused connection is no HTTPClientError to botocore, a broken one is.
+    return isinstance(error, HTTPClientError | ConnectionError) and not isinstance(error, SSLError)
+
+
 @contextmanager
 def _provider_errors() -> Iterator[None]:
     """What goes wrong between botocore and whoever gives the credentials, as our errors."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except HTTPClientError as error:
-        raise TryAgain(
-            "credentials", f"the credentials' provider cannot be reached: {error}"
-        ) from error
     except (BotoCoreError, ClientError) as error:  # ClientError: what STS answers
+        if _passes(error):
+            raise TryAgain(
+                "credentials",
+                f"the credentials' provider cannot be reached: {redact_text(str(error))}",
+            ) from error
         raise PermissionDeniedError(
-            f"The AWS credentials could not be had or renewed: {error}.", hint=_NO_CREDENTIALS_HINT
+            f"The AWS credentials could not be had or renewed: {redact_text(str(error))}.",
+            hint=_NO_CREDENTIALS_HINT,
         ) from error
 
 
@@ -66,6 +78,7 @@ class S3Account:
         import botocore.session
         from botocore.exceptions import BotoCoreError
 
+        hold_back()
         self._access = access
         self._lock = threading.Lock()
         self.generation = 0
@@ -82,7 +95,8 @@ class S3Account:
             region = access.region or session.get_config_variable("region")
         except BotoCoreError as error:
             raise PermissionDeniedError(
-                f"The AWS credentials could not be had: {error}.", hint=_NO_CREDENTIALS_HINT
+                f"The AWS credentials could not be had: {redact_text(str(error))}.",
+                hint=_NO_CREDENTIALS_HINT,
             ) from error
         if self._credentials is None:
             raise PermissionDeniedError(
@@ -275,7 +289,19 @@ def open_s3(uri: str, access: Access, observer: FetchObserver | None) -> HttpSou
 
 
 def list_s3(uri: str, access: Access) -> dict[str, int]:
-    """{name below the prefix: bytes}. Raises our errors for S3's."""
+    """{name below the prefix: bytes}. Raises our errors for S3's.
+
+    A listing has the same patience as a range: botocore's own attempts end within seconds.
+    """
+    attempts = Attempts(access.policy, Unobserved(), uri)
+    while True:
+        try:
+            return _list(uri, access)
+        except TryAgain as cause:
+            attempts.failed(cause)
+
+
+def _list(uri: str, access: Access) -> dict[str, int]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = split_s3(uri)
@@ -290,9 +316,15 @@ def list_s3(uri: str, access: Access) -> dict[str, int]:
                 if name and not name.endswith("/"):
                     found[name] = entry["Size"]
     except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if status == 429 or status >= 500:
+            raise TryAgain(f"status_{status}", f"the server answers {status}") from error
         raise s3_error(error, uri, bucket, account.region) from error
     except BotoCoreError as error:
-        raise SourceUnavailableError(f"{uri} could not be listed: {error}.") from error
+        if _passes(error):
+            raise TryAgain("connect", redact_text(str(error)).rstrip(".")) from error
+        text = redact_text(str(error))
+        raise SourceUnavailableError(f"{uri} could not be listed: {text}.") from error
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from tensorserve.telemetry.events import Follower, events_path
 from tensorserve.telemetry.load import label
 from tensorserve.telemetry.readiness import Status
-from tensorserve.telemetry.state import PHASES, StartState
+from tensorserve.telemetry.state import PHASES, Failure, StartState
 from tensorserve.telemetry.story import Note, Story
 from tensorserve.telemetry.words import CAUTIONS, FAILURES, NBSP, duration, failed, size
 
@@ -136,6 +136,7 @@ def _headline(status: Status) -> tuple[str, str, str]:
         _, hint = FAILURES.get(state.failure.reason, ("", ""))
         if state.failure.reason == "engine" and state.failure.exit_code == 137:
             hint = _OUT_OF_MEMORY
+        hint += _figures(state.failure)
         before = f" It had been ready after {took}." if state.ready_at is not None else ""
         return "failed", failed(state), (hint + before).strip()
     if state.engine_exit is not None:
@@ -154,6 +155,15 @@ def _headline(status: Status) -> tuple[str, str, str]:
     if state.phase == "load" and state.ranks:
         return _loading(state, now)
     return "working", _DOING[state.phase], _step(state)
+
+
+def _figures(failure: Failure) -> str:
+    parts = []
+    if failure.memory_limit is not None:
+        parts.append(f" The limit is {size(failure.memory_limit)}.")
+    if failure.memory_peak is not None:
+        parts.append(f" Up to {size(failure.memory_peak)} were in use.")
+    return "".join(parts)
 
 
 def _loading(state: StartState, now: float) -> tuple[str, str, str]:

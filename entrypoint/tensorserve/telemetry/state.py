@@ -35,6 +35,8 @@ class Failure:
     reason: str
     exit_code: int
     message: str
+    memory_limit: int | None = None  # bytes, where memory was the reason
+    memory_peak: int | None = None
 
 
 @dataclass
@@ -83,7 +85,9 @@ class StartState:
             self._ready(event)
         elif kind == "failure":
             code = int(number(event.get("exit_code")))
-            self._fail(label(event.get("reason")), code, str(event.get("message", "")))
+            limit, peak = (int(number(event.get(name))) or None for name in ("limit", "peak"))
+            message = str(event.get("message", ""))
+            self._fail(Failure(label(event.get("reason")), code, message, limit, peak))
         elif kind == "engine_exit":
             self._exit(event)
 
@@ -265,12 +269,12 @@ class StartState:
             self.ready_at = self.last_advance = event["t"]
             self._finish(event["t"])
 
-    def _fail(self, reason: str, code: int, message: str) -> None:
+    def _fail(self, failure: Failure) -> None:
         # Several processes report one failure: each rank that read the damaged file, and the parent
         # that saw them end. A start fails once, by the first cause.
         if self.failure is None:
-            self.failure = Failure(reason, code, message)
-            self.failures[reason] += 1
+            self.failure = failure
+            self.failures[failure.reason] += 1
 
     def _exit(self, event: Event) -> None:
         code = event.get("code")
@@ -279,7 +283,7 @@ class StartState:
         if self.ready_at is None:
             self._finish(event["t"])
         if self.engine_exit not in _ASKED_FOR:
-            self._fail("engine", self.engine_exit, _ending(self.engine_exit))
+            self._fail(Failure("engine", self.engine_exit, _ending(self.engine_exit)))
 
     def _finish(self, moment: float) -> None:
         if self.segments:

@@ -27,6 +27,10 @@ FAILURES = {
         "This is a mistake in tensorserve: please report it. If it came while loading, "
         "TENSORSERVE_LOADER=reference may load the model meanwhile.",
     ),
+    "out_of_memory": (
+        "out of memory",
+        "The kernel ended a process of the engine. Raise the container's memory limit.",
+    ),
     "engine": ("the engine ended", "Its own output, in the log of the container, says why."),
 }
 CAUTIONS = {

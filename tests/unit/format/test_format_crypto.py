@@ -198,3 +198,16 @@ def test_a_missing_libsodium_is_told_with_the_package_to_install() -> None:
 
     with pytest.raises(ConfigurationError, match="apt-get install libsodium23"):
         open_chunk(KEY, NONCE, TAG, memoryview(CIPHERTEXT), out)
+
+
+@pytest.mark.parametrize(("left", "works"), [(90_000, True), (70_000, False), (None, True)])
+def test_a_derivation_takes_no_more_memory_than_is_left(
+    monkeypatch: pytest.MonkeyPatch, left: int | None, works: bool
+) -> None:
+    """A forged header would have the kernel end the container; now it ends with both figures."""
+    monkeypatch.setattr("tensorserve.format.crypto.available_bytes", lambda: left)
+    if works:
+        assert derive_key(b"x", salt=bytes(16), passes=1, memory=65536)
+        return
+    with pytest.raises(ConfigurationError, match="memory limit"):
+        derive_key(b"x", salt=bytes(16), passes=1, memory=65536)

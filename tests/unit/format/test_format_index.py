@@ -132,6 +132,14 @@ LIES: dict[str, tuple[bytes, str]] = {
     "tensors that overlap": (lying_file(Entry(b"a"), Entry(b"b", header_offset=230)), "overlaps"),
     "data before the header": (lying_file(Entry(header_length=-50)), "-50 bytes cannot be"),
     "header too short": (lying_file(Entry(header_length=20)), "20 bytes cannot be"),
+    "shape of more digits than Python prints": (
+        lying_file(
+            Entry(version=5, dtype=b"|u1", shape=(2**64 - 1,) * 255, length=4),
+            file_version=5,
+            flags=2,
+        ),
+        "impossible shape",
+    ),
     "header too long": (lying_file(Entry(header_length=5000)), "5000 bytes cannot be"),
 }
 

@@ -22,8 +22,9 @@ from tensorserve.sources import Access, NotFoundError, RetryPolicy, open_source
 from tensorserve.sources.retry import full_jitter, retry_after
 
 SIZE = 700_000
+ATTEMPTS = 5
 POLICY = RetryPolicy(
-    attempts=5, deadline=5.0, connect_timeout=1.0, stall_timeout=0.4, backoff_base=0.01
+    attempts=ATTEMPTS, deadline=5.0, connect_timeout=1.0, stall_timeout=0.4, backoff_base=0.01
 )
 ACCESS = Access(policy=POLICY)
 
@@ -173,7 +174,7 @@ def test_trouble_without_end_ends_the_start(server: RangeServer) -> None:
     server.faults = [Fault("status", times=1000, code=503, beyond=0)]
     with pytest.raises(SourceUnavailableError, match="503") as caught:
         source.read(0, SIZE)
-    assert server.fired["status"] == POLICY.attempts
+    assert server.fired["status"] == ATTEMPTS
     assert caught.value.exit_code == 69
 
 
@@ -250,7 +251,33 @@ def test_a_refused_connection_is_said_as_such() -> None:
     with pytest.raises(SourceUnavailableError, match="refused") as caught:
         open_source(f"http://127.0.0.1:{port}/m", ACCESS, watching)
     assert caught.value.exit_code == 69
-    assert watching.reasons == ["connect"] * (POLICY.attempts - 1)
+    assert watching.reasons == ["connect"] * (ATTEMPTS - 1)
+
+
+def test_the_deadline_alone_ends_the_attempts() -> None:
+    """`TENSORSERVE_FETCH_DEADLINE` is what it says, however fast a connection is refused."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        watching = Watching()
+        policy = RetryPolicy(deadline=1.0, backoff_base=0.001, backoff_cap=0.01)
+        with pytest.raises(SourceUnavailableError, match="attempts in 1 s"):
+            open_source(f"http://127.0.0.1:{port}/m", Access(policy=policy), watching)
+    assert len(watching.reasons) > 12
+
+
+def test_a_server_that_asks_for_no_pause_is_not_asked_without_one(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Retry-After: 0` with each answer: the pauses grow all the same."""
+    pauses: list[float] = []
+    monkeypatch.setattr("tensorserve.sources.retry.time.sleep", pauses.append)
+    monkeypatch.setattr("tensorserve.sources.retry.random.uniform", lambda _, high: high)
+    server.faults.append(Fault("status", times=8, headers={"Retry-After": "0"}, beyond=0))
+    policy = RetryPolicy(backoff_base=0.01)
+    open_source(f"{server.url}/model.tensors", Access(policy=policy)).close()
+    assert pauses[:3] == [0, 0, 0]
+    assert pauses[3:] == [0.01 * 2.0**n for n in range(4, 9)]
 
 
 def test_a_name_that_does_not_resolve_is_said_as_such() -> None:

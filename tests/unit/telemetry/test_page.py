@@ -151,6 +151,16 @@ def test_an_engine_that_was_killed_is_told_with_the_likely_cause() -> None:
     assert "memory" in content["detail"]
 
 
+def test_out_of_memory_is_told_with_figures() -> None:
+    """What to raise, and how far it had come."""
+    figures = {"limit": 8_000_000_000, "peak": 7_990_000_000}
+    failure = at(133, "failure", reason="out_of_memory", exit_code=137, message="m", **figures)
+    content = seen([*LOADING, failure], 140.0)
+    assert content["headline"] == "Failed: out of memory (exit code 137)"
+    detail = content["detail"].replace("\u00a0", " ")
+    assert detail.endswith("The limit is 8.00 GB. Up to 7.99 GB were in use.")
+
+
 def test_a_stop_that_was_asked_for_is_no_failure() -> None:
     """SIGTERM in the middle of a start."""
     content = seen([*LOADING, at(133, "engine_exit", code=143)], 140.0)

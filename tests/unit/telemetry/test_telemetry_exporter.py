@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import select
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse
+from s3server import free_ports
 from telemetry_starts import Client, Engine, exporting, log_load, log_start
 
 from tensorserve.errors import ConfigurationError
@@ -348,17 +351,129 @@ def test_only_get_and_head_are_answered(tmp_path: Path) -> None:
         assert client.status("/../etc/passwd") == 404
 
 
-def test_clients_that_say_nothing_do_not_shut_out_the_probes_for_long(tmp_path: Path) -> None:
-    """A flood of open connections is bounded; once they are gone, probes are answered."""
+def slow_sockets(port: int, count: int) -> list[socket.socket]:
+    """Connections that have begun a request and do not end it; every third one says nothing."""
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    for number, connection in enumerate(slow):
+        if number % 3:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost:")
+    return slow
+
+
+@contextmanager
+def separate_exporter(state_dir: Path, log: Path) -> Iterator[Client]:
+    """`tensorserve exporter`, as supervisord runs it; what it prints goes to `log`."""
+    (port,) = free_ports(1)
+    environment = {
+        **os.environ,
+        "TENSORSERVE_STATE_DIR": str(state_dir),
+        "TENSORSERVE_METRICS_HOST": "127.0.0.1",
+        "TENSORSERVE_METRICS_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "tensorserve.cli", "exporter"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    client = Client(SimpleNamespace(port=port))
+    try:
+        wait_for(lambda: answers(client))
+        yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.status("/livez") == 200
+    except OSError:
+        return False
+
+
+def test_probes_are_answered_beside_500_slow_sockets(tmp_path: Path) -> None:
+    """Kubernetes would kill a healthy pod whose probes wait."""
+    with separate_exporter(tmp_path, tmp_path / "log") as client:
+        slow = slow_sockets(client.port, 500)
+        try:
+            for _ in range(5):
+                assert (client.status("/livez"), client.status("/readyz")) == (200, 503)
+                assert client.status("/metrics") == 200
+            # They were kept: nobody who is only slow has been turned away.
+            assert select.select(slow, [], [], 0)[0] == []
+        finally:
+            for connection in slow:
+                connection.close()
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_the_oldest_connection_of_the_greediest_peer_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood closes its own connections, and neither the others' nor new ones."""
+    monkeypatch.setattr("tensorserve.telemetry.answering.MOST_CONNECTIONS", 12)
     with exporting(tmp_path) as client:
-        before = threading.active_count()
-        silent = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(80)]
-        wait_for(lambda: threading.active_count() == before + 64)
-        # The ones over the bound are closed by the server instead of being kept.
-        wait_for(lambda: len(select.select(silent, [], [], 0)[0]) == 80 - 64)
-        for connection in silent:
+        other = socket.create_connection(
+            ("127.0.0.1", client.port), source_address=("127.0.0.2", 0)
+        )
+        flood = slow_sockets(client.port, 40)
+        wait_for(lambda: len(select.select(flood, [], [], 0)[0]) == 40 - 11)
+        assert client.status("/livez") == 200
+        other.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert other.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+        for connection in (other, *flood):
             connection.close()
-        wait_for(lambda: client.status("/livez") == 200)
+
+
+def test_a_connection_has_an_absolute_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then does not make it longer."""
+    monkeypatch.setattr("tensorserve.telemetry.answering.SECONDS", 0.3)
+    with (
+        exporting(tmp_path) as client,
+        socket.create_connection(("127.0.0.1", client.port)) as slow,
+    ):
+        slow.settimeout(0.02)
+
+        def closed() -> bool:
+            try:
+                slow.send(b"G")
+                return slow.recv(1) == b""
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+
+        wait_for(closed)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\xfc\r\n\r\n", 400),
+        (b"GET\r\n\r\n", 400),
+        (b"GET http://[ HTTP/1.1\r\n\r\n", 200),
+        (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 400),
+        (b"GET /" + b"x" * 4000 + b" HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 40000, 431),
+    ],
+)
+def test_a_malformed_request_writes_at_most_one_short_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sent: bytes, status: int
+) -> None:
+    """Whatever comes, and however often: no traceback, nothing of what was sent."""
+    with exporting(tmp_path) as client:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", client.port)) as odd:
+                odd.settimeout(10)
+                odd.sendall(sent)
+                answer = odd.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 %d " % status)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == (status >= 400)
+    assert "Traceback" not in printed.err
+    assert len(printed.err) < 120
 
 
 def test_a_port_in_use_is_a_clear_error(tmp_path: Path, engine: Engine) -> None:
