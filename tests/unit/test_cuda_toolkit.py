@@ -1,4 +1,4 @@
-"""Whether the cuda image's lock holds one CUDA toolkit: compiler, headers and libraries of one release.
+"""The cuda image's lock holds one CUDA toolkit: compiler, headers, libraries of one release.
 
 nvcc refuses headers of another release than its own, so a mixture fails at the first kernel that is
 compiled while serving; nothing that is installed from wheels notices before.
