@@ -1,0 +1,32 @@
+"""Which of FlashInfer's modules the image has compiled for a GPU, and whether they can be loaded.
+
+Says so for the architecture in FLASHINFER_CUDA_ARCH_LIST, which stands for a GPU. With an argument, the
+name of a module, it compiles that one, as FlashInfer does when it is first used.
+"""
+
+import sys
+import time
+
+from flashinfer.jit import comm, env, gemm, page, sampling
+
+SPECS = {
+    "sampling": sampling.gen_sampling_module,
+    "trtllm_comm": comm.gen_trtllm_comm_module,
+    "trtllm_mnnvl_comm": comm.gen_trtllm_mnnvl_comm_module,
+    "fp8_blockscale_gemm_90": gemm.gen_fp8_blockscale_gemm_sm90_module,
+}
+
+if sys.argv[1:] == ["page"]:
+    spec = page.gen_page_module()
+    began = time.monotonic()
+    spec.build(verbose=False)
+    print("compiled", spec.jit_library_path.exists(), f"{time.monotonic() - began:.0f} s")
+    raise SystemExit
+
+for name, make in SPECS.items():
+    spec = make()
+    if not env.get_aot_artifacts(name):
+        print(name, "compiled when it is used")
+        continue
+    loaded = spec.try_load()
+    print(name, "loaded" if loaded is not None else "cannot be loaded")
