@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from containers import needs_podman, podman, run
+from s3server import free_ports
 
 IMAGE = os.environ.get("TEST_CUDA_IMAGE", "")
 pytestmark = [
@@ -28,16 +29,18 @@ WITH_DRIVER = (
 )
 # An arbitrary user of group 0, of whom /etc/passwd does not know.
 NOBODY = "--user=123456:0"
+# An empty volume, gone with its container.
+CACHE = "--volume=/var/lib/tensorserve/cache"
 
 
-def shell(script: str, environ: dict[str, str] | None = None, options: tuple[str, ...] = ()) -> str:
+def shell(script: str, environ: dict[str, str] | None = None) -> str:
     """What a script prints in a hardened container; it has to end well."""
     done = run(
         "bash",
         "-ec",
         script,
         environ=environ,
-        options=(NOBODY, f"--volume={SCRIPTS}:/scripts:ro", *options),
+        options=(NOBODY, CACHE, f"--volume={SCRIPTS}:/scripts:ro"),
         image=IMAGE,
         timeout=1800,
     )
@@ -60,7 +63,7 @@ def test_the_toolkit_is_of_one_release() -> None:
 
 @pytest.mark.parametrize("architecture", ["80", "90a", "100a", "120a"])
 def test_a_program_is_compiled_and_linked_for_each_architecture(architecture: str) -> None:
-    """With the runtime as a shared library and the driver's stub; the driver itself is asked for when it runs."""
+    """With the driver's stub; the driver itself is asked for when the program runs."""
     said = shell(
         f"nvcc -arch=sm_{architecture} /scripts/program.cu --cudart shared -lcuda -o /tmp/program;"
         "ldd /tmp/program"
@@ -71,10 +74,10 @@ def test_a_program_is_compiled_and_linked_for_each_architecture(architecture: st
 
 
 def test_the_stub_is_never_found_in_place_of_the_driver() -> None:
-    """It is called libcuda.so, in a folder that no search path has; programs ask for libcuda.so.1."""
+    """No search path has its folder, and programs ask for another name, libcuda.so.1."""
     said = shell(
         'ldconfig -p | grep -c libcuda.so || true; echo "[$LD_LIBRARY_PATH]";'
-        f"find / -xdev -name 'libcuda.so*' -not -path '/proc/*' 2>/dev/null;"
+        "find / -xdev -name 'libcuda.so*' -not -path '/proc/*' 2>/dev/null;"
         "python -c \"import ctypes; ctypes.CDLL('libcuda.so.1')\" 2>&1 | tail -1"
     ).splitlines()
 
@@ -116,7 +119,7 @@ TENSOR_PARALLEL = {"trtllm_comm", "trtllm_mnnvl_comm"}
         ("9.0", EVERYWHERE | TENSOR_PARALLEL | {"fp8_blockscale_gemm_90"}),
         ("10.0", EVERYWHERE | TENSOR_PARALLEL),
         ("12.0", EVERYWHERE),
-        # The image has no kernel for it: FlashInfer compiles one, instead of starting what cannot run.
+        # Nothing for these: FlashInfer compiles it, instead of starting what cannot run.
         ("10.3", set()),
         ("12.1", set()),
     ],
@@ -176,14 +179,15 @@ def test_torch_finds_the_toolkit() -> None:
 @pytest.mark.parametrize("command", ["check", "up"])
 def test_without_a_gpu_it_says_so_and_ends_with_78(command: str, bundle: Path) -> None:
     """`check`, and a start."""
+    (port,) = free_ports(1)
     done = run(
         command,
         environ={
             "TENSORSERVE_MODEL_URI": "/models/model",
             "TENSORSERVE_KEY_FILE": "/models/key",
-            "TENSORSERVE_METRICS_PORT": "0",
+            "TENSORSERVE_METRICS_PORT": str(port),
         },
-        options=(NOBODY, f"--volume={bundle}:/models:ro"),
+        options=(NOBODY, CACHE, f"--volume={bundle}:/models:ro"),
         image=IMAGE,
         timeout=300,
     )

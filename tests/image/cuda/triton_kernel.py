@@ -1,4 +1,4 @@
-"""Compiles a kernel with Triton for each architecture: its own ptxas is used, and no GPU is asked."""
+"""Compiles a kernel with Triton for each architecture; it asks no GPU, and has its own ptxas."""
 
 import triton
 import triton.language as tl
