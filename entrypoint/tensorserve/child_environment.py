@@ -26,9 +26,9 @@ CHILD_PREFIXES = (
     "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "HF_", "TRANSFORMERS_",
     "TOKENIZERS_", "RAY_", "MALLOC_",
     # What compiles kernels while serving: where it caches them, and how.
-    "FLASHINFER_", "FLASH_ATTENTION_", "FLEX_ATTENTION_", "TILELANG_", "TVM_", "CUTE_DSL_",
-    "CUDNN_", "DG_", "TRTLLM_DG_", "HUMMING_", "QUACK_", "MINFER_", "MM_SPARSE_ATTN_", "NUMBA_",
-    "NVCC_", "NVSHMEM_",
+    "FLASHINFER_", "FLASH_ATTENTION_", "FLEX_ATTENTION_", "TILELANG_", "TL_", "TVM_", "CUTE_DSL_",
+    "CUDNN_", "DG_", "DJ_", "TRTLLM_DG_", "HUMMING_", "QUACK_", "MINFER_", "MM_SPARSE_ATTN_",
+    "NUMBA_", "NVCC_", "NVSHMEM_",
 )  # fmt: skip
 CHILD_NEVER = frozenset(FLAG_ALIASES) | {"HUGGING_FACE_HUB_TOKEN"}
 

@@ -53,7 +53,7 @@ def test_the_toolkit_is_of_one_release() -> None:
     said = shell(
         "cd $CUDA_HOME; for tool in nvcc ptxas nvlink fatbinary; do bin/$tool --version; done;"
         "grep -h 'define CUDART_VERSION' include/cuda_runtime_api.h;"
-        "grep -h 'define CUDA_VERSION' include/cuda.h; command -v -a nvcc; ls -d /usr/local/cuda*"
+        "grep -h 'define CUDA_VERSION' include/cuda.h; type -a -p nvcc; ls -d /usr/local/cuda*"
     )
 
     assert re.findall(r"release (\d+\.\d+)", said) == ["13.0"] * 4
@@ -77,7 +77,7 @@ def test_the_stub_is_never_found_in_place_of_the_driver() -> None:
     """No search path has its folder, and programs ask for another name, libcuda.so.1."""
     said = shell(
         'ldconfig -p | grep -c libcuda.so || true; echo "[$LD_LIBRARY_PATH]";'
-        "find / -xdev -name 'libcuda.so*' -not -path '/proc/*' 2>/dev/null;"
+        "find / -xdev -name 'libcuda.so*' 2>/dev/null || true;"
         "python -c \"import ctypes; ctypes.CDLL('libcuda.so.1')\" 2>&1 | tail -1"
     ).splitlines()
 
@@ -163,7 +163,7 @@ def test_every_cache_can_be_written_by_an_arbitrary_user() -> None:
 
 def test_workers_can_be_bound_to_a_numa_node() -> None:
     """`--numa-bind` starts them through numactl."""
-    assert shell("numactl --version")
+    assert shell("numactl --cpunodebind=0 echo bound") == "bound\n"
 
 
 def test_torch_finds_the_toolkit() -> None:

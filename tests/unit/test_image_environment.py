@@ -12,9 +12,12 @@ CACHE = "/var/lib/tensorserve/cache"
 
 
 def variables() -> dict[str, str]:
-    """Every variable that an `ENV` of the Dockerfile sets."""
+    """Every variable that an image has from an `ENV` of the Dockerfile."""
     text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
-    lines = re.findall(r"^ENV (.+)$", text, re.MULTILINE)
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)
+    # Of this one only files are taken.
+    kept = "\n".join(stage for stage in stages if "AS cuda-kernels" not in stage.split("\n")[0])
+    lines = re.findall(r"^ENV (.+)$", kept, re.MULTILINE)
     return dict(re.findall(r"(\w+)=(\S+)", " ".join(lines)))
 
 

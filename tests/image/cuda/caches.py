@@ -1,4 +1,4 @@
-"""Asks each library that compiles while serving for its place, as the library does, and writes there."""
+"""Asks each library that compiles while serving for its place, and writes there."""
 
 import getpass
 import os
@@ -22,8 +22,8 @@ import flashinfer.jit.env  # noqa: E402
 import humming.utils.jit  # noqa: E402
 import quack.autotuner  # noqa: E402
 import quack.cache.jit  # noqa: E402
-import tilelang.env  # noqa: E402
 from cutlass.base_dsl.cache_helpers import default_generated_ir_path  # noqa: E402
+from tilelang.env import env as tilelang  # noqa: E402
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
 from triton.runtime.cache import get_cache_manager  # noqa: E402
 
@@ -33,7 +33,7 @@ said = {
     "humming's locks": humming.utils.jit.get_humming_lock_dir(),
     "quack": quack.cache.jit.get_cache_path(),
     "quack's autotuner": quack.autotuner.FileCacheManager("00").cache_dir,
-    "tilelang": tilelang.env.env.TILELANG_CACHE_DIR,
+    "tilelang": tilelang.TILELANG_CACHE_DIR,
     "cute dsl": default_generated_ir_path,
     "inductor": cache_dir(),
     "triton": Path(get_cache_manager("00").put(b"x", "x", binary=True)).parent,

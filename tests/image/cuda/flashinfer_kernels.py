@@ -1,6 +1,6 @@
 """Which of FlashInfer's modules the image has compiled for a GPU, and whether they can be loaded.
 
-Says so for the architecture in FLASHINFER_CUDA_ARCH_LIST, which stands for a GPU. With an argument, the
+FLASHINFER_CUDA_ARCH_LIST stands for a GPU. With an argument, the
 name of a module, it compiles that one, as FlashInfer does when it is first used.
 """
 
