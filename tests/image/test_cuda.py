@@ -119,9 +119,9 @@ TENSOR_PARALLEL = {"trtllm_comm", "trtllm_mnnvl_comm"}
         ("9.0", EVERYWHERE | TENSOR_PARALLEL | {"fp8_blockscale_gemm_90"}),
         ("10.0", EVERYWHERE | TENSOR_PARALLEL),
         ("12.0", EVERYWHERE),
-        # Nothing for these: FlashInfer compiles it, instead of starting what cannot run.
+        ("12.1", EVERYWHERE),
+        # Nothing: FlashInfer compiles it, instead of starting what cannot run there.
         ("10.3", set()),
-        ("12.1", set()),
     ],
 )
 def test_flashinfer_takes_the_kernels_that_the_image_brings(gpu: str, compiled: set[str]) -> None:

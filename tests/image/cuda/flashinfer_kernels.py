@@ -1,7 +1,7 @@
 """Which of FlashInfer's modules the image has compiled for a GPU, and whether they can be loaded.
 
-FLASHINFER_CUDA_ARCH_LIST stands for a GPU. With an argument, the
-name of a module, it compiles that one, as FlashInfer does when it is first used.
+FLASHINFER_CUDA_ARCH_LIST stands for a GPU. With the argument `page`, it compiles that module, as
+FlashInfer does when one is first used.
 """
 
 import sys
@@ -24,9 +24,8 @@ if sys.argv[1:] == ["page"]:
     raise SystemExit
 
 for name, make in SPECS.items():
-    spec = make()
     if not env.get_aot_artifacts(name):
-        print(name, "compiled when it is used")
+        print(name, "not there")
         continue
-    loaded = spec.try_load()
+    loaded = make().try_load()
     print(name, "loaded" if loaded is not None else "cannot be loaded")
