@@ -161,6 +161,11 @@ def test_every_cache_can_be_written_by_an_arbitrary_user() -> None:
     assert re.fullmatch(r"\d\d places, 9 libraries", said[-1])
 
 
+def test_the_build_left_nothing_in_the_cache() -> None:
+    """What root had made there, another user could not write to."""
+    assert shell("find /var/lib/tensorserve/cache -mindepth 1") == ""
+
+
 def test_workers_can_be_bound_to_a_numa_node() -> None:
     """`--numa-bind` starts them through numactl."""
     assert shell("numactl --cpunodebind=0 echo bound") == "bound\n"
