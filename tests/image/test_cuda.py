@@ -108,7 +108,7 @@ def test_a_library_compiles_a_kernel_for_each_architecture(library: str) -> None
 
 
 EVERYWHERE = {"sampling"}
-TENSOR_PARALLEL = {"trtllm_comm", "trtllm_mnnvl_comm"}
+TENSOR_PARALLEL = {"trtllm_mnnvl_comm"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ TENSOR_PARALLEL = {"trtllm_comm", "trtllm_mnnvl_comm"}
     [
         ("8.0", EVERYWHERE),
         ("8.9", EVERYWHERE),
-        ("9.0", EVERYWHERE | TENSOR_PARALLEL | {"fp8_blockscale_gemm_90"}),
+        ("9.0", EVERYWHERE | TENSOR_PARALLEL),
         ("10.0", EVERYWHERE | TENSOR_PARALLEL),
         ("12.0", EVERYWHERE),
         ("12.1", EVERYWHERE),
