@@ -87,8 +87,8 @@ image-cpu: ## build the image for machines without a GPU
 	@docker/build-image cpu tensorserve:cpu
 
 # Needs root: podman runs real containers, on a base image made here if none is named.
-test-image test-image-build: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
-test-image test-image-build: export ENGINE = podman
+test-image test-image-build test-image-cuda: export CONTAINERS_CONF = $(CURDIR)/tests/image/containers.conf
+test-image test-image-build test-image-cuda: export ENGINE = podman
 
 .PHONY: test-image
 test-image: venv test-image-build ## build the cpu image and run it as a user would (root; some minutes)
@@ -101,6 +101,14 @@ test-image-build: ## build the images that test-image runs
 	docker/build-image cpu tensorserve:cpu --quiet >/dev/null; \
 	docker/build-image demo tensorserve:demo --quiet >/dev/null; \
 	FILE=tests/image/Dockerfile.prometheus docker/build-image prometheus tensorserve-test-prometheus --quiet >/dev/null
+
+# Not in CI: 20 GB of disk while it is built, and half an hour of two cores the first time.
+.PHONY: test-image-cuda
+test-image-cuda: venv ## build the image for GPU machines and try what needs no GPU (root, 20 GB of disk)
+	@if [ -z "$${BASE:-}" ]; then docker/base-image localhost/tensorserve-base:bookworm; fi; \
+	export BASE=$${BASE:-localhost/tensorserve-base:bookworm}; \
+	docker/build-image cuda tensorserve:latest --quiet >/dev/null
+	@TEST_CUDA_IMAGE=localhost/tensorserve:latest $(BIN)/python -m pytest tests/image/test_cuda.py --timeout 2000
 
 .PHONY: sbom
 sbom: venv ## list what is in the built images: docs/sbom/*.cdx.json

@@ -47,11 +47,16 @@ def podman(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]
 
 
 def run(
-    *words: str, environ: dict[str, str] | None = None, options: tuple[str, ...] = ()
+    *words: str,
+    environ: dict[str, str] | None = None,
+    options: tuple[str, ...] = (),
+    image: str = IMAGE,
+    timeout: float = 60,
 ) -> subprocess.CompletedProcess[str]:
-    """`docker run --rm IMAGE words`, hardened."""
+    """`docker run --rm IMAGE words`, hardened; `timeout` in seconds."""
     variables = [word for n, v in (environ or {}).items() for word in ("-e", f"{n}={v}")]
-    return podman("run", "--rm", *HARDENED, *LOCAL, *variables, *options, IMAGE, *words)
+    options = (*HARDENED, *LOCAL, *variables, *options)
+    return podman("run", "--rm", *options, image, *words, timeout=timeout)
 
 
 def complaints(log: str) -> list[str]:
