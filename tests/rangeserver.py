@@ -214,8 +214,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
+    def handle(self) -> None:
+        """The client may be gone before it has asked for anything more."""
+        try:
+            super().handle()
+        except OSError:
+            self.close_connection = True
+
     def finish(self) -> None:
-        """The client may be gone."""
+        """As `handle`."""
         try:
             super().finish()
         except OSError:
