@@ -52,6 +52,9 @@ class ReadAhead:
         """The block that is taken from."""
         self._error: BaseException | None = None
         self._stopped = False
+        if self._blocks:
+            # What fetches ahead must not wait where the file begins with what is left out.
+            source.passed(self._blocks[0][0])
         for number in range(min(connections, self._most, len(self._blocks))):
             name = f"tensorserve-ahead-{number}"
             threading.Thread(target=self._work, name=name, daemon=True).start()

@@ -43,7 +43,7 @@ class ReferenceStream:
         progress: LoadProgress,
         device: torch.device | None = None,
     ) -> None:
-        """`records`: of `index`, in its order. Of `options`, `pinned` means nothing here.
+        """`records`: of `index`, in its order.
 
         Raises ConfigurationError where tensorizer or its libsodium is missing.
         """
@@ -54,12 +54,6 @@ class ReferenceStream:
         self._reading: Reading | None = None
 
     def __enter__(self) -> ReferenceStream:
-        load = self._load
-        if load.options.headers_sha256 is not None:
-            for record in load.options.left_out:
-                load.headers[record.header_offset] = load.source.read(
-                    record.header_offset, record.header_length
-                )
         return self
 
     def __exit__(
@@ -114,6 +108,7 @@ class ReferenceStream:
             if not self._load.source.pinned:
                 self._check_headers_still()
             return
+        self._read_other_headers()
         if (
             hashlib.sha256(b"".join(found[offset] for offset in sorted(found))).hexdigest()
             != expected
@@ -122,6 +117,23 @@ class ReferenceStream:
                 f"{self._load.source.name}: the tensors' headers are not those of the manifest.",
                 hint="Tensors were exchanged for others under the same key. Pack it again.",
             )
+
+    def _read_other_headers(self) -> None:
+        """Of what is left out, those that tensorizer has not passed over: it reads none before the
+        first tensor that is wanted, nor after the last.
+
+        Only now: what fetches ahead brings a file's end only when all ranks are past its beginning.
+        """
+        load = self._load
+        left = [r for r in load.options.left_out if r.header_offset not in load.headers]
+
+        def read(record: TensorRecord) -> None:
+            data = load.source.read(record.header_offset, record.header_length)
+            load.headers[record.header_offset] = data
+
+        with self._connections() as pool:
+            for _ in pool.map(read, left):
+                pass
 
     def _check_headers_still(self) -> None:
         """As our loader does (`Opener.check_headers_still`). Raises ReplacedError."""
@@ -132,14 +144,16 @@ class ReferenceStream:
             load.source.read_again(offset, memoryview(now))
             return bytes(now) != load.headers[offset]
 
-        with ThreadPoolExecutor(
-            load.options.connections or _AT_ONCE, "tensorserve-headers"
-        ) as pool:
+        with self._connections() as pool:
             if any(pool.map(changed, sorted(load.headers))):
                 raise ReplacedError(
                     f"{load.source.name} was replaced while it was read.",
                     hint="Start again; upload models under a new name instead of over an old one.",
                 )
+
+    def _connections(self) -> ThreadPoolExecutor:
+        """For small pieces."""
+        return ThreadPoolExecutor(self._load.options.connections or _AT_ONCE, "tensorserve-headers")
 
 
 def _require(*, sodium: bool) -> None:

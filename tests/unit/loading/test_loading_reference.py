@@ -742,3 +742,44 @@ def test_ranks_that_share_what_is_fetched_fetch_it_once(
             rank.join(20)
     assert [equal(loaded, tensors) for loaded in found] == [True, True]
     assert source.bytes_read == len(data)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the beginning", "the end"])
+def test_what_ranks_leave_out_does_not_stop_what_fetches_for_them(
+    directory: Path,
+    sealed: FileKey,
+    monkeypatch: pytest.MonkeyPatch,
+    first: bool,
+) -> None:
+    """It brings a file's end only when all ranks are past its beginning: who waits gives it up."""
+    path = directory / "sealed.tensors"
+    source = CountedSource(path.read_bytes())
+    index = read_index(source)
+    by_size = sorted(index.tensors, key=lambda record: record.length)
+    wanted = [r for r in index.tensors if r is (index.tensors[0] if first else by_size[-1])]
+    left_out = tuple(record for record in index.tensors if record not in wanted)
+    monkeypatch.setattr("tensorserve.loading.prefetch._WAIT_SECONDS", 2.0)
+    shared = SharedBlocks.create(source.size, source.version, 2)
+    ranks = [PrefetchedSource(source, shared.reopen(), n, LoadProgress()) for n in range(2)]
+    found: list[str] = []
+
+    def load(mine: PrefetchedSource) -> None:
+        with ReferenceStream(
+            mine,
+            index,
+            wanted,
+            key=sealed,
+            options=LoadOptions(headers_sha256=digest_of_headers(path), left_out=left_out),
+            progress=LoadProgress(),
+        ) as stream:
+            found.extend(record.name for record, _ in stream)
+        mine.close()
+
+    with fetching(source, shared, 0):
+        threads = [threading.Thread(target=load, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert found == 2 * [wanted[0].name]
+    assert not any(rank._given_up for rank in ranks)
