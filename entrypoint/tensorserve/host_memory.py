@@ -1,4 +1,4 @@
-"""How much host memory is there, and how much of it does a load take?
+"""How much host memory does a load take of what is there?
 
 What is available is looked at once, before the start; all of the start's processes get the limit
 that follows from it. Ranks share it, and what is fetched ahead for them.
@@ -6,23 +6,11 @@ that follows from it. Ranks share it, and what is fetched ahead for them.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
+from tensorserve.memory_group import available_bytes
 from tensorserve.settings import Settings
 
 _MIB = 1024**2
 _GIB = 1024**3
-# Limit, use, and pages of files that the kernel takes back by itself, of version 2 and of version 1
-# of control groups (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
-_GROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
-)
 # Of a rank: a ring of 64 slots of 2 MiB, and 6 MiB for each of some 140 connections, which is what
 # 100 Gbit/s need at S3's 90 MB/s for each. Beyond that memory only makes more wait.
 _RANK_BYTES = _GIB
@@ -36,33 +24,6 @@ _FETCHED_PART = 3, 8
 _PART, _LEAST_PART = 4, 2
 # Less reads no model (`TENSORSERVE_HOST_MEMORY_LIMIT` accepts no less).
 _LEAST = 64 * _MIB
-
-
-def available_host_memory(root: Path = Path("/")) -> int | None:
-    """Bytes still to be had: the machine's, or what the control group's limit leaves if less.
-
-    Of a control group's use, pages of files that were not used lately are no use: the kernel takes
-    them back first. None where nothing is known.
-    """
-    available = None
-    try:
-        info = (root / "proc/meminfo").read_text()
-        if found := re.search(r"^MemAvailable:\s+(\d+) kB", info, re.MULTILINE):
-            available = int(found[1]) * 1024
-    except OSError:
-        pass  # the control group may still say something
-    for limit_name, used_name, files_name in _GROUPS:
-        group = root / "sys/fs/cgroup"
-        try:
-            limit = (group / limit_name).read_text().strip()
-            used = int((group / used_name).read_text())
-        except (OSError, ValueError):
-            continue  # another version of control groups, or none of our own
-        if limit.isdecimal():
-            used -= min(used, _counted((group / used_name).with_name("memory.stat"), files_name))
-            left = max(0, int(limit) - used)
-            available = left if available is None else min(left, available)
-    return available
 
 
 def automatic_limit(
@@ -89,7 +50,7 @@ def limit_of(settings: Settings) -> int:
     """
     if settings.host_memory_limit is not None:
         return settings.host_memory_limit
-    return automatic_limit(available_host_memory(), 1)
+    return automatic_limit(available_bytes(), 1)
 
 
 def fetched_bytes(limit: int, ranks: int) -> int:
@@ -99,11 +60,3 @@ def fetched_bytes(limit: int, ranks: int) -> int:
     """
     numerator, denominator = _FETCHED_PART
     return max(limit * numerator // denominator, limit - ranks * _RANK_BYTES)
-
-
-def _counted(stat: Path, name: str) -> int:
-    try:
-        found = re.search(rf"^{name} (\d+)$", stat.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0

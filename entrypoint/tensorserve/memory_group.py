@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-_MEMINFO, _OWN = Path("/proc/meminfo"), Path("/proc/self/cgroup")
+# Below the root.
+CGROUPS, _MEMINFO = Path("sys/fs/cgroup"), Path("proc/meminfo")
+_OWN = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,26 @@ class MemoryGroup:
     """Processes that the kernel has ended for lack of memory, here and below, ever."""
 
 
-def available_bytes() -> int | None:
-    """Bytes still to be had: the machine's, or the control group's limit if that is less."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
-    available = int(found[1]) * 1024 if found else None
-    group = memory_group()
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes still to be had: the machine's, or what the control group leaves of its limit if less.
+
+    Of a control group's use, pages of files that were not used lately are no use: the kernel takes
+    them back first. None where nothing is known.
+    """
+    available = None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / _MEMINFO) or "", re.MULTILINE)
+    if found:
+        available = int(found[1]) * 1024
+    group = memory_group(root / CGROUPS)
     if group.limit is not None and group.used is not None:
         left = max(0, group.limit - group.used + min(group.used, group.idle or 0))
         available = left if available is None else min(left, available)
     return available
 
 
-def memory_group(root: Path | None = None) -> MemoryGroup:
+def memory_group(root: Path = Path("/") / CGROUPS) -> MemoryGroup:
     """The control group of this process, version 2 or 1. Whatever cannot be read is None."""
-    for directory in _directories(root or CGROUPS):
+    for directory in _directories(root):
         if (limit := _text(directory / "memory.max")) is not None:
             used = _number(_text(directory / "memory.current"))
             kills = _count(_text(directory / "memory.events"), "oom_kill")

@@ -22,10 +22,11 @@ from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey, read_header, require_digest
 from tensorserve.gpus import Gpus, read_gpus
-from tensorserve.host_memory import automatic_limit, available_host_memory
+from tensorserve.host_memory import automatic_limit
 from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import MANIFEST, Manifest, check_index
+from tensorserve.memory_group import available_bytes
 from tensorserve.opening import OpenTensors, access_for, key_for, open_manifest, open_tensors
 from tensorserve.plan import SHARD_PATTERN, LaunchPlan, shard_name, wants_adapters
 from tensorserve.prefetching import may_share
@@ -451,7 +452,7 @@ def check_memory(
 
 
 def _check_on_host(data_bytes: int, ranks: Ranks) -> Passed:
-    available = available_host_memory()
+    available = available_bytes()
     if available is None:
         return Passed("memory", "not known")
     # Each data-parallel replica on this machine has the weights for itself.
@@ -475,7 +476,7 @@ def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) ->
     if limit is not None:
         weights.host_memory_limit = limit
         return Passed(name, f"{limit / 1e9:.2f} GB, as TENSORSERVE_HOST_MEMORY_LIMIT says")
-    ranks, available = ranks_of(plan.argv, plan.tensor_parallel_size), available_host_memory()
+    ranks, available = ranks_of(plan.argv, plan.tensor_parallel_size), available_bytes()
     # Where Ray places them, nobody knows yet.
     here = max(1, ranks.parts // ranks.machines) if ranks.here is None else ranks.here
     fetches = may_share(weights.shards) and (settings.prefetch != "off" or here > 1)

@@ -230,7 +230,7 @@ def test_a_gpu_without_memory_of_its_own_has_the_hosts(
 ) -> None:
     """GB10: NVML says "Not Supported"."""
     driver.cards = (Card(memory="NotSupported", name="NVIDIA GB10"),)
-    monkeypatch.setattr(preflight, "available_host_memory", lambda: 100 * GB)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 100 * GB)
     assert "1.00 GB of 100.00 GB" in preflight.check_memory(GB, Ranks(), read_gpus(None)).found
     with pytest.raises(ConfigurationError, match=r"200\.00 GB, host memory has 100\.00 GB"):
         preflight.check_memory(200 * GB, Ranks(), read_gpus(None))

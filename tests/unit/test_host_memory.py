@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tensorserve import host_memory
-from tensorserve.host_memory import automatic_limit, available_host_memory, fetched_bytes
+from tensorserve.host_memory import automatic_limit, fetched_bytes
 from tensorserve.loading.schedule import JOB_BYTES
 from tensorserve.loading.shared import BLOCK_BYTES
 from tensorserve.loading.staging import RING_BYTES
@@ -18,87 +17,6 @@ from tensorserve.start import publish_start, receive_start
 
 MIB = 1024**2
 GIB = 1024**3
-
-
-def machine(root: Path, files: dict[str, str]) -> Path:
-    """A root directory in which the kernel says that 16 GB are available, and `files`."""
-    files = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:   16000000 kB\n", **files}
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-V2 = "sys/fs/cgroup/"
-V1 = "sys/fs/cgroup/memory/"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        pytest.param({}, 16_384_000_000, id="no group"),
-        pytest.param(
-            {V2 + "memory.max": "max\n", V2 + "memory.current": "5\n"},
-            16_384_000_000,
-            id="a group without a limit",
-        ),
-        pytest.param(
-            {V2 + "memory.max": "2000000000\n", V2 + "memory.current": "500000000\n"},
-            1_500_000_000,
-            id="version 2",
-        ),
-        pytest.param(
-            {
-                V2 + "memory.max": "2000000000\n",
-                V2 + "memory.current": "1900000000\n",
-                V2 + "memory.stat": "file 9\nactive_file 7\ninactive_file 1500000000\n",
-            },
-            1_600_000_000,
-            id="version 2, files that were read once",
-        ),
-        pytest.param(
-            {
-                V1 + "memory.limit_in_bytes": "2000000000\n",
-                V1 + "memory.usage_in_bytes": "1900000000\n",
-                V1 + "memory.stat": "inactive_file 3\ntotal_inactive_file 1000000000\n",
-            },
-            1_100_000_000,
-            id="version 1, files that were read once",
-        ),
-        pytest.param(
-            {V2 + "memory.max": "1000\n", V2 + "memory.current": "5000\n"}, 0, id="over its limit"
-        ),
-        pytest.param(
-            {
-                V2 + "memory.max": "1000\n",
-                V2 + "memory.current": "900\n",
-                V2 + "memory.stat": "inactive_file 5000\n",
-            },
-            1000,
-            id="counted at two moments",
-        ),
-        pytest.param(
-            {V2 + "memory.max": "99000000000\n", V2 + "memory.current": "5\n"},
-            16_384_000_000,
-            id="a limit beyond the machine",
-        ),
-    ],
-)
-def test_what_is_available(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    """The machine's, or what the control group leaves; pages of files that are unused count."""
-    assert available_host_memory(machine(tmp_path, files)) == expected
-
-
-def test_where_nothing_is_known(tmp_path: Path) -> None:
-    """A sandbox that hides it."""
-    assert available_host_memory(tmp_path) is None
-
-
-def test_the_machines_own_memory_can_be_read() -> None:
-    """More than nothing, less than a petabyte."""
-    available = available_host_memory()
-    assert available is not None
-    assert 10**6 < available < 10**15
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -145,7 +63,7 @@ def test_what_a_rank_makes_no_use_of_is_fetched_ahead(limit: int, expected: int)
 
 def test_what_the_user_says_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is available."""
-    monkeypatch.setattr(host_memory, "available_host_memory", lambda: 10**12)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 10**12)
     environ = {"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_HOST_MEMORY_LIMIT": "256MiB"}
     settings = Settings.from_environment(environ)
     assert host_memory.limit_of(settings) == 256 * MIB

@@ -47,17 +47,87 @@ def test_no_limit_is_none(tmp_path: Path, limit: str) -> None:
     assert memory_group(group(tmp_path, max=limit, current="5")) == MemoryGroup(None, 5)
 
 
-def test_pages_of_files_that_nobody_uses_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A container that has read its weights from a disk has "used" all of its memory."""
-    group(tmp_path, max="1000", current="990", stat="inactive_file 600\n")
-    monkeypatch.setattr("tensorserve.memory_group.CGROUPS", tmp_path)
-    assert available_bytes() == 610
-
-
 def test_without_control_groups_nothing_is_known(tmp_path: Path) -> None:
     """The machine's own figure is left."""
     assert memory_group(tmp_path) == MemoryGroup()
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    """A root directory in which the kernel says that 16 GB are available, and `files`."""
+    files = {"proc/meminfo": "MemTotal: 99 kB\nMemAvailable:   16000000 kB\n", **files}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2 = "sys/fs/cgroup/"
+V1 = "sys/fs/cgroup/memory/"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, 16_384_000_000, id="no group"),
+        pytest.param(
+            {V2 + "memory.max": "max\n", V2 + "memory.current": "5\n"},
+            16_384_000_000,
+            id="a group without a limit",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "2000000000\n", V2 + "memory.current": "500000000\n"},
+            1_500_000_000,
+            id="version 2",
+        ),
+        pytest.param(
+            {
+                V2 + "memory.max": "2000000000\n",
+                V2 + "memory.current": "1900000000\n",
+                V2 + "memory.stat": "file 9\nactive_file 7\ninactive_file 1500000000\n",
+            },
+            1_600_000_000,
+            id="version 2, files that were read once",
+        ),
+        pytest.param(
+            {
+                V1 + "memory.limit_in_bytes": "2000000000\n",
+                V1 + "memory.usage_in_bytes": "1900000000\n",
+                V1 + "memory.stat": "inactive_file 3\ntotal_inactive_file 1000000000\n",
+            },
+            1_100_000_000,
+            id="version 1, files that were read once",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "1000\n", V2 + "memory.current": "5000\n"}, 0, id="over its limit"
+        ),
+        pytest.param(
+            {
+                V2 + "memory.max": "1000\n",
+                V2 + "memory.current": "900\n",
+                V2 + "memory.stat": "inactive_file 5000\n",
+            },
+            1000,
+            id="counted at two moments",
+        ),
+        pytest.param(
+            {V2 + "memory.max": "99000000000\n", V2 + "memory.current": "5\n"},
+            16_384_000_000,
+            id="a limit beyond the machine",
+        ),
+    ],
+)
+def test_what_is_available(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    """The machine's, or what the control group leaves; pages of files that are unused count."""
+    assert available_bytes(machine(tmp_path, files)) == expected
+
+
+def test_where_nothing_is_known(tmp_path: Path) -> None:
+    """A sandbox that hides it."""
+    assert available_bytes(tmp_path) is None
+
+
+def test_the_machines_own_memory_can_be_read() -> None:
+    """More than nothing, less than a petabyte."""
     available = available_bytes()
-    assert available is None or available > 0
+    assert available is not None
+    assert 10**6 < available < 10**15

@@ -17,7 +17,7 @@ from tensorserve.start import Shard
 def test_too_little_memory_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """F11: what is needed and what there is."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
-    monkeypatch.setattr(preflight, "available_host_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 2_000_000_000)
     with pytest.raises(ConfigurationError, match=r"3\.00 GB, host memory has 2\.00 GB"):
         preflight.check_memory(3_000_000_000)
     assert "1.00 GB of 2.00 GB" in preflight.check_memory(1_000_000_000).found
@@ -86,7 +86,7 @@ def test_the_memory_for_the_load_is_said_and_handed_on(
 ) -> None:
     """On a CPU the weights, 79 GB of them, are taken off what is available."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: cpu)
-    monkeypatch.setattr(preflight, "available_host_memory", lambda: 80 * 10**9)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 80 * 10**9)
     settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m", **environ})
     weights = preflight.Weights((Shard(shard, "1", 10),), 79 * 10**9)
     found = preflight.check_host_memory(settings, make_plan(settings), weights).found
@@ -97,7 +97,7 @@ def test_the_memory_for_the_load_is_said_and_handed_on(
 def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model beyond one machine is not refused on each of several."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
-    monkeypatch.setattr(preflight, "available_host_memory", lambda: 10**9)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 10**9)
     with pytest.raises(ConfigurationError, match=r"1\.80 GB"):
         preflight.check_memory(1_800_000_000)
     said = preflight.check_memory(1_800_000_000, Ranks(2, 1, 2)).found
@@ -109,6 +109,6 @@ def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPa
 def test_each_replica_holds_the_weights_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two data-parallel engines on one machine need them twice."""
     monkeypatch.setattr(preflight, "engine_is_cpu", lambda: True)
-    monkeypatch.setattr(preflight, "available_host_memory", lambda: 10**9)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 10**9)
     with pytest.raises(ConfigurationError, match=r"weights of 2 ranks are 1\.20 GB"):
         preflight.check_memory(600_000_000, Ranks(1, 2))
