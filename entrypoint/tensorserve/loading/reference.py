@@ -19,6 +19,7 @@ from tensorserve.format import FileIndex, FileKey, TensorRecord, parse_header
 from tensorserve.loading.pipeline import LoadOptions
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.reference_reading import DamagedError, Load, Reading
+from tensorserve.loading.staging import empty_host_cache
 from tensorserve.sources import ReplacedError, Source
 
 # Connections that read small pieces at the end of a load.
@@ -64,6 +65,9 @@ class ReferenceStream:
     ) -> None:
         if self._reading is not None:
             self._reading.close()
+        if self._load.device.type == "cuda":
+            # tensorizer's buffer, as large as the largest tensor.
+            empty_host_cache()
 
     def __iter__(self) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
         left = list(self._records)

@@ -185,8 +185,7 @@ class Staging:
         with self._changed:
             self._free.clear()
             self._flying.clear()
-        # torch keeps page-locked memory for ever unless it is told to let go of what is unused.
-        _empty_host_cache()
+        empty_host_cache()
 
     def _come_here(self) -> None:
         """Make the device this thread's own, once.
@@ -229,7 +228,8 @@ class Staging:
         return event
 
 
-def _empty_host_cache() -> None:
+def empty_host_cache() -> None:
+    """Have torch let go of page-locked memory that is unused, which it would keep for ever."""
     # torch 2.13 has a public name for it; earlier ones may have only the private one.
     empty = getattr(torch.accelerator, "empty_host_cache", None)
     (empty or torch._C._host_emptyCache)()

@@ -655,6 +655,9 @@ class Device:
         monkeypatch.setattr(torch.cuda, "set_device", lambda d: self.asked.append(("set", d)))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"consumer's on {d}")
+        monkeypatch.setattr(
+            torch.accelerator, "empty_host_cache", lambda: self.asked.append(("let go of", "pages"))
+        )
 
     def tensor(self, tensor: torch.Tensor) -> Any:
         """`tensor`, which says that it is on the GPU."""
@@ -706,7 +709,8 @@ def test_on_a_gpu_the_ranks_own_device_is_used_and_nothing_is_filled_while_it_is
     file.source.close()
     assert made == {"device": torch.device("cuda", 3), "preloaded": True}
     assert gpu.asked[0] == ("set", torch.device("cuda", 3))
-    assert len(gpu.asked) == 1 + len(records)
+    assert gpu.asked[-1] == ("let go of", "pages")
+    assert len(gpu.asked) == 1 + len(records) + 1
 
 
 def test_ranks_that_share_what_is_fetched_fetch_it_once(
