@@ -13,14 +13,16 @@ MOST_DEPTH = 64
 def read_json(data: bytes | bytearray | str, *, strict: bool = False) -> Any:
     """As json.loads. Raises ValueError, and no other error, for what cannot be believed.
 
-    `strict`: of one meaning only, whoever reads it: no name twice in an object, no fractions.
+    `strict`: of one meaning only, whoever reads it: no name twice in an object, no fractions, and
+    bytes that are UTF-8. Python itself also takes UTF-16 and -32, and surrogates as bytes: of two
+    of those json.dumps makes what it makes of the one character that they stand for.
     Python reads numbers of up to 4,300 digits and refuses longer ones in other words; and what is
     nested ten thousand times ends it with a RecursionError.
     """
     try:
         if strict:
             document = json.loads(
-                data,
+                data if isinstance(data, str) else data.decode(),  # UnicodeDecodeError: ValueError
                 parse_int=_integer,
                 parse_float=_no_number,
                 parse_constant=_no_number,

@@ -203,3 +203,20 @@ def test_a_parallel_size_has_bounds(size: str) -> None:
 def test_a_template_may_hold_other_percent_signs(template: str, name: str) -> None:
     """They are part of a file's name."""
     assert shard_name(template, 7) == name
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"n":"\xed\xa0\xbd\xed\xb8\x80"}',
+        '{"n":"a"}'.encode("utf-16"),
+        '{"n":"a"}'.encode("utf-32"),
+        '{"n":"a"}'.encode("utf-8-sig"),
+        b'{"n":"\xff"}',
+    ],
+)
+def test_what_is_authenticated_is_utf_8(data: bytes) -> None:
+    """Surrogates as bytes are two characters to Python, and one in what a MAC is over."""
+    with pytest.raises(ValueError, match=r"(?i)utf-8"):
+        read_json(data, strict=True)
+    assert read_json('{"n":"\U0001f600"}'.encode(), strict=True) == {"n": "\U0001f600"}
