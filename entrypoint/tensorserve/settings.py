@@ -260,6 +260,8 @@ class _Reader:
             return None
         # Editors end a file with a newline; a raw 32-byte key may end with one and is left alone.
         stripped = data if len(data) == 32 else data.rstrip(b"\r\n")
+        if name == "TENSORSERVE_KEY" and len(stripped) == 32:
+            stripped = data  # 32 characters and a line's end are text, not a raw key
         if not stripped:
             self._problem(f"{file_name}={path} is empty.", "Write the secret into it.")
             return None

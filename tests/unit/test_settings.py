@@ -110,6 +110,16 @@ def test_32_characters_in_a_variable_are_no_key(tmp_path: Path, text: str) -> No
     assert bytes.fromhex(again.key.reveal_text()) == text.encode()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_32_characters_and_a_line_end_in_a_file_are_no_key(tmp_path: Path, end: str) -> None:
+    """As `pack` has it: a raw key is a file of 32 bytes, and `echo` writes a passphrase so."""
+    file = tmp_path / "key"
+    file.write_bytes(f"correct horse battery staple 123{end}".encode())
+    message = only_problem(URI | {"TENSORSERVE_KEY_FILE": str(file)})
+    assert "TENSORSERVE_PASSPHRASE" in message
+    assert "correct" not in message
+
+
 def test_a_key_of_the_wrong_length_is_refused_without_showing_it() -> None:
     """The message helps, and does not leak."""
     message = only_problem(URI | {"TENSORSERVE_KEY": "hunter2hunter2"})
