@@ -20,6 +20,7 @@ from typing import Any
 from tensorserve import sources
 from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
+from tensorserve.drafts import local_bundle
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import KEY_SIZE
 from tensorserve.linux import no_core_files
@@ -39,6 +40,7 @@ from tensorserve.ranks import Ranks
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
 from tensorserve.start import Start, publish_start, receive_start
 from tensorserve.tensorizer_options import REFERENCE, environment_for
+from tensorserve.verifying import check_files_in_place
 
 _PREFIX = "TENSORSERVE_"
 # Of this one process; TENSORSERVE_VLLM_… are for `vllm serve`.
@@ -135,13 +137,24 @@ def settings_environment(extra: Mapping[str, Any], environ: Mapping[str, str]) -
     return inherited | options
 
 
-def own_start(environ: Mapping[str, str], ranks: int) -> Start:
-    """A start of `environ` for a loader that nobody started: checked here, in each rank."""
+def own_start(
+    environ: Mapping[str, str], ranks: int, model: str = "", *, remote_code: bool = False
+) -> Start:
+    """A start of `environ` for a loader that nobody started: checked here, in each rank.
+
+    vLLM has read configuration and tokenizer by then, from the directory `model`. Where that is
+    the bundle's own, they are compared with an authenticated manifest now, `remote_code` as well:
+    CorruptError before a request can be answered.
+    """
     settings = Settings.from_environment(environ)
     plan: LaunchPlan = replace(make_plan(settings), tensor_parallel_size=ranks, engine=())
     weights = Weights()
     for _ in check_weights(settings, plan, weights, None):
         pass
+    bundle, manifest = local_bundle(settings.model_uri), weights.manifest
+    own = bundle is not None and os.path.realpath(model) == os.path.realpath(bundle)
+    if bundle is not None and own and manifest is not None and manifest.vouched_by:
+        check_files_in_place(bundle, manifest, remote_code=remote_code)
     _warn(weights)
     check_host_memory(settings, plan, weights)
     settings = replace(settings, host_memory_limit=weights.host_memory_limit)

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from tensorserve import sources
+from tensorserve.artifacts import KNOWN_NAMES
 from tensorserve.errors import CorruptError, WrongKeyError
 from tensorserve.fingerprint import MOST_RANKS
 from tensorserve.format import (
@@ -49,6 +50,8 @@ _MAX_THREADS = 8
 _LARGE_STEP = 64 * 1024**2
 _one_at_a_time = threading.Lock()
 _MAX_NAMED = 5
+# What vLLM and transformers look for beside the weights, KNOWN_NAMES apart.
+_READ = (".json", ".jinja", ".model", ".tiktoken")
 
 OK, DAMAGED, UNCHECKED = "ok", "DAMAGED", "unchecked"
 
@@ -215,6 +218,29 @@ def _check_file(bundle: str, entry: FileEntry, access: Access) -> FileResult:
     if found.sha256 != entry.sha256:
         return FileResult(entry.name, DAMAGED, f"its SHA-256 is not the one in {MANIFEST}")
     return FileResult(entry.name, OK, f"{entry.size} bytes, SHA-256 fits", entry=entry)
+
+
+def check_files_in_place(directory: str, manifest: Manifest, *, remote_code: bool) -> None:
+    """Raises CorruptError unless what vLLM reads in `directory`, a bundle on a disk, is packed.
+
+    For a vLLM that was started without us, and reads the small files where they are. A file that
+    the manifest does not name is refused where vLLM would take it; code only with `remote_code`.
+    """
+    access = Access()
+    results = [_check_file(directory, entry, access) for entry in manifest.files]
+    wrong = {result.name: result.detail for result in results if result.state == DAMAGED}
+    named = {entry.name for entry in manifest.files} | {MANIFEST}
+    for name in sources.list_names(directory, access) or ():
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        read = name in KNOWN_NAMES or (name.endswith(_READ) and not name.endswith(".index.json"))
+        if name not in named and not hidden and (read or (remote_code and name.endswith(".py"))):
+            wrong[name] = f"not in {MANIFEST}"
+    if wrong:
+        said = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:_MAX_NAMED])
+        raise CorruptError(
+            f"{directory} has files that were not packed so: {said}.",
+            hint="Copy the whole bundle again. If the files are meant, pack the model again.",
+        )
 
 
 def describe_file(bundle: str, name: str, access: Access) -> FileEntry:

@@ -66,6 +66,7 @@ from tensorserve.vllm_other_models import (
     is_a_draft,
     is_the_bundles,
     load_other,
+    served_config,
 )
 from tensorserve.vllm_ranks import dropped_here
 
@@ -123,7 +124,10 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._balanced = parallel.enable_eplb
         self._takes_slices = ranks > 1 or parallel.enable_expert_parallel
         if self._started is None:
-            self._started = own_start(self._options, ranks)
+            served = served_config(vllm_config)
+            self._started = own_start(
+                self._options, ranks, served.model, remote_code=served.trust_remote_code
+            )
         self._number = self._rank + ranks * (
             get_pp_group().rank_in_group + get_pp_group().world_size * parallel.data_parallel_index
         )

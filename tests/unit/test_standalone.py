@@ -18,7 +18,7 @@ from tensorserve.errors import ConfigurationError, CorruptError, TensorserveErro
 from tensorserve.packing import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
-from tensorserve.standalone import handed_over_start, settings_environment
+from tensorserve.standalone import handed_over_start, own_start, settings_environment
 
 KEY = bytes(range(32))
 
@@ -163,3 +163,45 @@ llm_kwargs({str(bundle)!r}, key={KEY!r}, environ={{}})
 assert "vllm" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remote_code", "said"),
+    [
+        ("config.json", b"[]", False, "its SHA-256"),
+        ("tokenizer.json", None, False, "missing"),
+        ("chat_template.jinja", b"{{ planted }}", False, "not in manifest.json"),
+        ("generation_config.json", b"{}", False, "not in manifest.json"),
+        ("modeling_x.py", b"", True, "not in manifest.json"),
+        ("modeling_x.py", b"", False, None),
+        ("README.md", b"", True, None),
+        ("model.safetensors.index.json", b"{}", True, None),
+        (".git/config.json", b"{}", True, None),
+    ],
+)
+def test_what_vllm_has_read_in_the_bundle_itself_is_compared(
+    bundle: Path,
+    tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    remote_code: bool,
+    said: str | None,
+) -> None:
+    """`vllm serve DIR --load-format tensorizer`: the key vouches for what stands in DIR, too."""
+    place = tmp_path / "b"
+    shutil.copytree(bundle, place)
+    changed = place / name
+    changed.unlink(missing_ok=True)
+    if content is not None:
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_bytes(content)
+    weights = f"{place}/model.tensors"
+    environ = {"TENSORSERVE_MODEL_URI": weights, "TENSORSERVE_KEY": KEY.hex()}
+    # Another directory is the user's own.
+    assert own_start(environ, 1, str(tmp_path), remote_code=remote_code).shards
+    if said is None:
+        assert own_start(environ, 1, f"{place}/", remote_code=remote_code).shards
+        return
+    with pytest.raises(CorruptError, match=said) as caught:
+        own_start(environ, 1, f"{place}/", remote_code=remote_code)
+    assert name in str(caught.value)
