@@ -15,7 +15,7 @@ from tensorserve.drafts import draft_of
 from tensorserve.errors import ConfigurationError
 from tensorserve.fingerprint import MOST_RANKS
 from tensorserve.manifest import SHARDS, SINGLE
-from tensorserve.secret import Secret, redact_text, redact_uri
+from tensorserve.secret import REDACTED, Secret, redact_text, redact_uri
 from tensorserve.settings import Settings
 
 # What vLLM's own page writes for tensor-parallel shards: "model-rank-%03d.tensors".
@@ -29,6 +29,8 @@ _DEFAULT_LORA_RANK = 16
 _NAMELESS = "model"
 # vLLM's other names for dtypes (vllm/config/model.py, 0.32.0); "auto" is decided by vLLM.
 _DTYPES = {"half": "float16", "float": "float32"}
+# As parts of a variable's name.
+_SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS"})
 
 
 @dataclass(frozen=True)
@@ -277,10 +279,20 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
             + (["s3 credentials"] if settings.s3.secret_access_key else [])
         ),
         "environment": {
-            name: redact_text(redact_uri(value)) if "://" in value else value
-            for name, value in plan.environment
+            name: _shown(name, value, settings.pass_env) for name, value in plan.environment
         },
     }
+
+
+def _shown(name: str, value: str, passed: tuple[str, ...]) -> str:
+    """A variable's value, unless it is, or by its name may be, a secret.
+
+    What the user passes on is mostly one: what needs none is let through without asking.
+    """
+    parts = name.upper().split("_")
+    if name in passed or (parts[-1] != "FILE" and _SECRET_WORDS.intersection(parts)):
+        return REDACTED
+    return redact_text(redact_uri(value)) if "://" in value else value
 
 
 def _reachable(host: str) -> str:

@@ -197,6 +197,27 @@ def test_the_description_holds_no_secret() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("COLLECTOR_LOGIN", False),  # nobody knows what it is
+        ("VLLM_S3_SECRET", False),
+        ("HF_ACCESS_KEY", False),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", True),
+        ("TOKENIZERS_PARALLELISM", True),
+    ],
+)
+def test_a_variable_that_may_be_a_secret_is_not_shown(name: str, shown: bool) -> None:
+    """Its name is: one sees that it is handed on."""
+    environ = URI | {name: "canary", "TENSORSERVE_PASS_ENV": "COLLECTOR_LOGIN"}
+    settings = Settings.from_environment(environ)
+    plan = make_plan(settings)
+    assert dict(plan.environment)[name] == "canary"
+    found = describe(plan, settings)["environment"]
+    assert isinstance(found, dict)
+    assert found[name] == ("canary" if shown else "***")
+
+
+@pytest.mark.parametrize(
     "uri",
     [
         "https://user:canary@host/vllm/m",
