@@ -54,6 +54,25 @@ def cut_digests(path: Path) -> None:
     path.write_bytes(bytes(head) + b"".join(tensors) + bytes(8))
 
 
+def nothing_sealed(name: str) -> bytes:
+    """A .tensors file that says that it is encrypted: one tensor without elements, and its digest.
+
+    There are no data to seal, so no key is needed to write it.
+    """
+    raw, dtype = name.encode(), b"<f4"
+    called = struct.pack("<H", len(raw)) + raw
+    shape = struct.pack("<B3sBI", len(dtype), dtype, 1, 0)
+    size = 8 + 3 + len(called) + len(shape) + 2 + 35 + 8 + 2 + 8
+    before = struct.pack("<QHB", size, 0, 0) + called + shape + struct.pack("<HBBB", 35, 1, 1, 32)
+    length = struct.pack("<q", 0)
+    digest = hashlib.sha256(before + bytes(32) + length).digest()
+    header = before + digest + struct.pack("<QH", 2, 0) + length
+    start = _FIXED + 4096
+    entry = called + b"\0" + shape + struct.pack("<QQQ", start, start + size, 0)
+    fixed = b"|TZR|" + struct.pack("<IQ24xQ8xQQ", 4, 1, 0, 1, 4096)
+    return fixed + entry.ljust(4096, b"\0") + header + bytes(8)
+
+
 def index_of(path: Path) -> FileIndex:
     """The index of a .tensors file."""
     source = LocalSource(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forging import MANIFEST
+from forging import MANIFEST, nothing_sealed
 from starting import refused
 from victims import Store
 
@@ -16,3 +16,10 @@ def test_from_a_bundle_of_ours(tmp_path: Path, bundle: Path, store: Store, disk:
         said = refused(tmp_path, place.put(bundle))
         assert "neither an authenticated manifest.json nor a SHA-256" in said
         assert "tensorserve sign" in said
+
+
+def test_with_a_file_in_which_nothing_is_sealed(tmp_path: Path, bundle: Path, disk: Store) -> None:
+    """vLLM would be started with whatever configuration and code stand beside it."""
+    (bundle / MANIFEST).unlink()
+    (bundle / "model.tensors").write_bytes(nothing_sealed("model.rotary_emb.inv_freq"))
+    assert "nothing that the key" in refused(tmp_path, disk.put(bundle))

@@ -17,7 +17,8 @@ def prove_key(source: Source, index: FileIndex, key: FileKey | None) -> None:
     A few kilobytes are read as a rule. If it does not open, two more tensors tell a wrong key
     (WrongKeyError, naming ``key.origin``) from damage (CorruptError, naming the tensor).
     ConfigurationError if the file is encrypted and no key is given, or the other way round:
-    a plain file in the place of an encrypted one was not vouched for by anybody.
+    a plain file in the place of an encrypted one was not vouched for by anybody. Nor was one that
+    says that it is encrypted and in which nothing is sealed: anybody can write that (CorruptError).
     """
     if not index.encrypted:
         if key is not None:
@@ -35,6 +36,12 @@ def prove_key(source: Source, index: FileIndex, key: FileKey | None) -> None:
     sealed = sorted(
         (tensor for tensor in index.tensors if tensor.length), key=lambda tensor: tensor.length
     )
+    if not sealed:
+        raise CorruptError(
+            f"{source.name} says that it is encrypted, but none of its tensors has data: there is "
+            f"nothing that the key from {key.origin or 'the settings'} opens.",
+            hint="Somebody may have replaced the file. Copy or pack the bundle again.",
+        )
     failures: list[TagMismatchError] = []
     for record in sealed[:_WITNESSES]:
         try:
@@ -44,13 +51,11 @@ def prove_key(source: Source, index: FileIndex, key: FileKey | None) -> None:
         else:
             break
     else:
-        if failures:
-            raise WrongKeyError(
-                f"The key from {key.origin or 'the settings'} does not open {source.name}.",
-                hint="It is another file's key, or a passphrase with a slip in it"
-                + (" (or the file is damaged)." if len(failures) == 1 else "."),
-            )
-        return
+        raise WrongKeyError(
+            f"The key from {key.origin or 'the settings'} does not open {source.name}.",
+            hint="It is another file's key, or a passphrase with a slip in it"
+            + (" (or the file is damaged)." if len(failures) == 1 else "."),
+        )
     if failures:
         # Another tensor opened: the key is right, and what failed first is damaged.
         raise CorruptError(failures[0].message, hint=failures[0].hint)

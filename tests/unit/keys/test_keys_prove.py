@@ -156,8 +156,9 @@ def test_a_plain_file_without_a_key_needs_no_proof(tmp_path: Path) -> None:
     assert _prove(_write(tmp_path, None), None) == 0
 
 
-def test_a_file_of_nothing_but_meta_tensors_needs_no_proof(tmp_path: Path) -> None:
-    """There is no chunk to open."""
+def test_a_file_in_which_nothing_is_sealed_is_nobodys(tmp_path: Path) -> None:
+    """It says that it is encrypted, and that is all: without a key, anybody can write it."""
     data = _write(tmp_path, EncryptionParams(KEY), {"meta": TENSORS["meta"]})
-
-    assert _prove(data, parse_key(Secret(KEY, ORIGIN))) == 0
+    assert read_index(BytesSource(data)).encrypted
+    with pytest.raises(CorruptError, match="nothing that the key from"):
+        _prove(data, parse_key(Secret(KEY, ORIGIN)))
