@@ -75,11 +75,7 @@ def checked_as(
 
     Raises CorruptError if `index`, read by the loader, is not the one that was checked.
     """
-    if shard.index_sha256 not in {None, index.digest}:
-        raise CorruptError(
-            f"The index of {source_name} is not the one that this start checked.",
-            hint="Start again; upload models under a new name instead of over an old one.",
-        )
+    check_same_index(shard, index, source_name)
     digests: dict[int, bytes] = {}
     if shard.digests is not None:
         every = bytes.fromhex(shard.digests)
@@ -93,6 +89,17 @@ def checked_as(
         headers_sha256=shard.headers_sha256,
         left_out=left_out(index, records),
     )
+
+
+def check_same_index(shard: Shard, index: FileIndex, source_name: str) -> None:
+    """Raises CorruptError if `index` is not the one that was checked: before anything is decided
+    by it, for a server may answer each opening otherwise.
+    """
+    if shard.index_sha256 not in {None, index.digest}:
+        raise CorruptError(
+            f"The index of {source_name} is not the one that this start checked.",
+            hint="Start again; upload models under a new name instead of over an old one.",
+        )
 
 
 def left_out(index: FileIndex, records: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:

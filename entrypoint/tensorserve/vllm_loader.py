@@ -50,7 +50,7 @@ from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
-from tensorserve.verification import checked_as
+from tensorserve.verification import check_same_index, checked_as
 from tensorserve.vllm_fingerprint import engine_fingerprint
 from tensorserve.vllm_model import (
     copy_in_place,
@@ -258,8 +258,11 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             observer=self._progress,
             version=shard.version,
         )
-        source = self._prefetched(opened.source) if to_load else opened.source
+        source = opened.source
         try:
+            # Also where nothing but the layout is asked for: it decides what happens to weights.
+            check_same_index(shard, opened.index, opened.source.name)
+            source = self._prefetched(source) if to_load else source
             yield replace(opened, source=source)
         finally:
             source.close()
