@@ -50,7 +50,7 @@ def test_a_real_start_is_followed_from_the_checks_to_ready(
             assert "The engine answers requests." in text
             ready = re.search(r"Ready after (.+)\n", text)
             assert ready is not None
-            assert "9 checks passed" in text
+            assert "11 checks passed" in text
             for size, name in ((DESKTOP, "desktop"), (PHONE, "phone")):
                 browser.look_like(size, "light")
                 browser.screenshot(pictures / f"real-ready-{name}.png")

@@ -26,6 +26,7 @@ from tensorserve.api_key import OPEN_PATHS
 from tensorserve.cli import main as tensorserve
 from tensorserve.format import read_index, read_tensor
 from tensorserve.keys import parse_key
+from tensorserve.manifest import read_manifest
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, S3Access, open_source
 
@@ -409,6 +410,10 @@ def test_every_tensor_through_every_source_is_bit_identical(
     from safetensors import safe_open
 
     key = parse_key(Secret(bundle.key))
+    manifest = read_manifest(str(bundle.directory), Access(), key)
+    assert manifest is not None
+    digests = manifest.tensors_files["model.tensors"].digests
+    assert digests is not None
     access = Access(
         s3=S3Access(
             endpoint_url=s3.endpoint_url,
@@ -425,12 +430,13 @@ def test_every_tensor_through_every_source_is_bit_identical(
             names = set(original.keys())
             for index in indexes:
                 assert {record.name for record in index.tensors} == names
-            for records in zip(*(index.tensors for index in indexes), strict=True):
+            for *records, digest in zip(*(i.tensors for i in indexes), digests, strict=True):
                 wanted = original.get_tensor(records[0].name)
                 wanted_bytes = wanted.view(-1).view(dtype=_uint8()).numpy().tobytes()
                 for source, record, index in zip(sources, records, indexes, strict=True):
                     assert record.shape == tuple(wanted.shape)
-                    assert bytes(read_tensor(source, record, index, key)) == wanted_bytes
+                    found = read_tensor(source, record, index, key, expected=digest)
+                    assert bytes(found) == wanted_bytes
 
 
 def _uint8() -> Any:
