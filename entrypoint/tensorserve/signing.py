@@ -29,6 +29,7 @@ from tensorserve.manifest import (
 )
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access
+from tensorserve.verification import AUTO, MANIFEST_ONLY
 from tensorserve.verifying import FileResult, Progress, Verified, describe_file, verify
 
 
@@ -69,6 +70,8 @@ def sign(
     if uri.endswith(".tensors"):
         raise UsageError("A bundle is signed whole.", hint="Give its directory.")
     refuse_unwritable(uri)
+    if wish == MANIFEST_ONLY:
+        wish = AUTO  # what it asks for is made here
     verified = verify(uri, access, key, on_line, progress, wish=wish, pin=pin)
     weights = [r for r in verified.results if isinstance(r.entry, TensorsEntry)]
     small = _small_files(uri, access, verified)

@@ -228,11 +228,12 @@ VARIABLES: tuple[Variable, ...] = (
         "`auto`, `off`",
     ),
     Variable(
-        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes", "tags"), "auto",
+        "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes", "manifest", "tags"), "auto",
         "What vouches for encrypted weights. `auto`: an authenticated manifest, else each tensor's "
-        "own digest; `hashes`: the digests always; `tags`: without such a manifest, each chunk's "
-        "tag alone (whoever can write the bundle can then exchange tensors).",
-        "`auto`, `hashes`, `tags`",
+        "own digest; `hashes`: the digests always; `manifest`: such a manifest or no start (of "
+        "plain weights: one that is pinned); `tags`: without such a manifest, each chunk's tag "
+        "alone (whoever can write the bundle can then exchange tensors).",
+        "`auto`, `hashes`, `manifest`, `tags`",
     ),
     Variable(
         "TENSORSERVE_MANIFEST_SHA256", "manifest_sha256", _sha256, None,

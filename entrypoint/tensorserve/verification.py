@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from tensorserve.errors import CorruptError
+from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.manifest import Manifest
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tensorserve.start import Shard
 
 # What TENSORSERVE_VERIFY may be.
-AUTO, HASHES, TAGS_ONLY = WISHES = ("auto", "hashes", "tags")
+AUTO, HASHES, MANIFEST_ONLY, TAGS_ONLY = WISHES = ("auto", "hashes", "manifest", "tags")
 # What vouches for a file: a manifest with the key's MAC or the user's pin; each tensor's own
 # SHA-256, which says nothing of who wrote it; the tags of its chunks alone; nothing.
 MANIFEST_VOUCHES, DIGESTS, TAGS, NOTHING = MODES = ("manifest", "digests", "tags", "none")
@@ -51,17 +51,40 @@ def verification_of(
     No wish makes an authenticated manifest needless where there is one: read_manifest saw to it.
     Not `pinned`: the source cannot name a version of the file, so that two reads may be of two
     versions. Tags tell it of a sealed file's tensors, digests of a plain one's; between tensors the
-    stream compares the headers (loading.TensorStream).
+    stream compares the headers (loading.TensorStream). With MANIFEST_ONLY, raises CorruptError for
+    a sealed file that no manifest vouches for, ConfigurationError for a plain one.
     """
     if manifest is not None and manifest.vouched_by and name in manifest.tensors_files:
         # It binds tags and, in plain files, digests: those are then to be compared.
         return Verification(
             MANIFEST_VOUCHES, wish == HASHES or (not encrypted and wish != TAGS_ONLY)
         )
+    if wish == MANIFEST_ONLY:
+        _refuse_unvouched(manifest, name, encrypted=encrypted)
     if not encrypted:
         # Against damage and mixtures; anybody can write those.
         return Verification(NOTHING, wish == HASHES or not pinned)
     return Verification(TAGS, False) if wish == TAGS_ONLY else Verification(DIGESTS, True)
+
+
+def _refuse_unvouched(manifest: Manifest | None, name: str, *, encrypted: bool) -> NoReturn:
+    found = "the bundle has none"
+    if manifest is not None:
+        found = "nobody vouches for this bundle's"
+        if manifest.vouched_by:
+            found = "this bundle's does not name it"
+    said = f"TENSORSERVE_VERIFY=manifest asks for a manifest.json that vouches for {name}; {found}"
+    if encrypted:
+        raise CorruptError(
+            f"{said}.",
+            hint="If the bundle had one, somebody took it away: copy the whole bundle again from "
+            "where it was packed, and look who can write here. If it never had one: `tensorserve "
+            "sign URI`.",
+        )
+    raise ConfigurationError(
+        f"{said}. It is not encrypted: without a key only a pin can.",
+        hint="Set TENSORSERVE_MANIFEST_SHA256 to what `tensorserve pack` or `verify` prints.",
+    )
 
 
 def checked_as(

@@ -103,8 +103,9 @@ def verify(
     Calls `on_line` with the result for each file as soon as it is there: a line, and below it one
     for each of several damaged tensors. `wish` and `pin` are TENSORSERVE_VERIFY and
     TENSORSERVE_MANIFEST_SHA256. Raises CorruptError at the end if anything is damaged or missing;
-    WrongKeyError, a manifest's CorruptError, ConfigurationError (no key, or a key for a plain
-    file) and the sources' errors at once. Memory: some pieces of 8 MiB.
+    WrongKeyError, a manifest's CorruptError or that of one that `wish` misses, ConfigurationError
+    (no key, or a key for a plain file) and the sources' errors at once. Memory: some pieces
+    of 8 MiB.
     """
     bundle, candidates = split_model_uri(uri)
     firsts = [c % 0 if SHARD_PATTERN.search(c) else c for c in candidates]
@@ -268,11 +269,11 @@ def _check_tensors(check: _Check, name: str) -> FileResult:
     except CorruptError as error:
         return FileResult(name, DAMAGED, error.message)
     index = opened.index
-    rule = verification_of(
-        check.wish, manifest, name, encrypted=index.encrypted, pinned=opened.source.pinned
-    )
     entry = manifest.tensors_files.get(name) if manifest else None
     try:
+        rule = verification_of(
+            check.wish, manifest, name, encrypted=index.encrypted, pinned=opened.source.pinned
+        )
         problems = []
         try:
             loadable(index)

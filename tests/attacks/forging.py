@@ -73,6 +73,30 @@ def nothing_sealed(name: str) -> bytes:
     return fixed + entry.ljust(4096, b"\0") + header + bytes(8)
 
 
+def known_plaintext(path: Path, name: str, plain: bytes) -> None:
+    """Of the sealed file, the one tensor whose plaintext is known, with the digest of it."""
+    data = path.read_bytes()
+    record = next(record for record in index_of(path).tensors if record.name == name)
+    header = data[record.header_offset : record.data_offset]
+    at = 8 + 2 + 1
+    at += 2 + struct.unpack_from("<H", header, at)[0]
+    at += 1 + header[at]
+    at += 1 + header[at] * 4
+    rest = header[at + 2 + struct.unpack_from("<H", header, at)[0] :]
+    crypto = 8 + struct.unpack_from("<Q", rest)[0]
+    size = at + 2 + 35 + len(rest)
+    before = struct.pack("<Q", size) + header[8:at] + struct.pack("<HBBB", 35, 1, 1, 32)
+    digest = hashlib.sha256(before + bytes(32) + rest[crypto:] + plain).digest()
+    start = _FIXED + 4096
+    entry = struct.pack("<H", len(record.raw_name)) + record.raw_name + bytes([record.kind])
+    entry += struct.pack("<B", len(record.raw_dtype)) + record.raw_dtype.encode()
+    entry += struct.pack(f"<B{len(record.shape)}I", len(record.shape), *record.shape)
+    entry += struct.pack("<QQQ", start, start + size, record.length)
+    fixed = b"|TZR|" + struct.pack("<IQ24xQ8xQQ", 4, 1, 0, 1, 4096)
+    sealed = data[record.data_offset : record.end]
+    path.write_bytes(fixed + entry.ljust(4096, b"\0") + before + digest + rest + sealed + bytes(8))
+
+
 def index_of(path: Path) -> FileIndex:
     """The index of a .tensors file."""
     source = LocalSource(path)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.manifest import Manifest, TensorsEntry
 from tensorserve.verification import MODES, WARNINGS, verification_of
 
@@ -21,6 +22,8 @@ VOUCHED = replace(NOBODY, vouched_by="key")
         ("auto", VOUCHED, True, "manifest", False),
         ("hashes", VOUCHED, True, "manifest", True),
         ("tags", VOUCHED, True, "manifest", False),
+        ("manifest", VOUCHED, True, "manifest", False),
+        ("manifest", replace(NOBODY, vouched_by="pin"), False, "manifest", True),
         ("auto", replace(NOBODY, vouched_by="pin"), True, "manifest", False),
         ("auto", NOBODY, True, "digests", True),
         ("hashes", NOBODY, True, "digests", True),
@@ -40,6 +43,24 @@ def test_the_rule(
     """A plain file's data is bound by its digests alone; a sealed one's by its tags."""
     rule = verification_of(wish, manifest, NAME, encrypted=encrypted, pinned=True)
     assert (rule.mode, rule.digests) == (mode, digests)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "name", "found"),
+    [
+        (None, NAME, "has none"),
+        (NOBODY, NAME, "nobody vouches"),
+        (VOUCHED, "other.tensors", "does not name it"),
+    ],
+)
+def test_a_manifest_may_be_asked_for(manifest: Manifest | None, name: str, found: str) -> None:
+    """Without one sealed weights are not what they should be; plain ones want a pin."""
+    with pytest.raises(CorruptError, match=found) as sealed:
+        verification_of("manifest", manifest, name, encrypted=True, pinned=True)
+    assert "tensorserve sign" in str(sealed.value)
+    with pytest.raises(ConfigurationError, match=found) as plain:
+        verification_of("manifest", manifest, name, encrypted=False, pinned=True)
+    assert "TENSORSERVE_MANIFEST_SHA256" in str(plain.value)
 
 
 @pytest.mark.parametrize("wish", ["auto", "tags"])

@@ -121,6 +121,15 @@ def test_sealed_tensors_without_digests_are_signed_only_by_who_takes_them_as_the
     verify(str(bundle), ACCESS, KEY)
 
 
+def test_who_asks_for_a_manifest_can_make_one(tmp_path: Path) -> None:
+    """`sign` is what TENSORSERVE_VERIFY=manifest is told to do."""
+    bundle = theirs(tmp_path / "b", EncryptionParams(SECRET.reveal()))
+    with pytest.raises(CorruptError, match="tensorserve sign"):
+        verify(str(bundle), ACCESS, KEY, wish="manifest")
+    signed(bundle, wish="manifest")
+    verify(str(bundle), ACCESS, KEY, wish="manifest")
+
+
 def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     """A web server; one file; a directory that is another's."""
     with pytest.raises(ConfigurationError, match="cannot be written there"):
