@@ -232,7 +232,8 @@ VARIABLES: tuple[Variable, ...] = (
         "What vouches for encrypted weights. `auto`: an authenticated manifest, else each tensor's "
         "own digest; `hashes`: the digests always; `manifest`: such a manifest or no start (of "
         "plain weights: one that is pinned); `tags`: without such a manifest, each chunk's tag "
-        "alone (whoever can write the bundle can then exchange tensors).",
+        "alone (whoever can write the bundle can then exchange tensors). Plain weights have no "
+        "tags: a pinned bundle's digests are compared with every value.",
         "`auto`, `hashes`, `manifest`, `tags`",
     ),
     Variable(

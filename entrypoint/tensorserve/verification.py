@@ -55,10 +55,9 @@ def verification_of(
     a sealed file that no manifest vouches for, ConfigurationError for a plain one.
     """
     if manifest is not None and manifest.vouched_by and name in manifest.tensors_files:
-        # It binds tags and, in plain files, digests: those are then to be compared.
-        return Verification(
-            MANIFEST_VOUCHES, wish == HASHES or (not encrypted and wish != TAGS_ONLY)
-        )
+        # It binds tags and, in plain files, which have none, digests: those are then to be
+        # compared, whatever is wished of tags. Who gave a pin wants that bundle's data.
+        return Verification(MANIFEST_VOUCHES, wish == HASHES or not encrypted)
     if wish == MANIFEST_ONLY:
         _refuse_unvouched(manifest, name, encrypted=encrypted)
     if not encrypted:

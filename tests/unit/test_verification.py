@@ -34,7 +34,7 @@ VOUCHED = replace(NOBODY, vouched_by="key")
         ("hashes", None, False, "none", True),
         ("auto", NOBODY, False, "none", False),
         ("auto", replace(NOBODY, vouched_by="pin"), False, "manifest", True),
-        ("tags", replace(NOBODY, vouched_by="pin"), False, "manifest", False),
+        ("tags", replace(NOBODY, vouched_by="pin"), False, "manifest", True),
     ],
 )
 def test_the_rule(
