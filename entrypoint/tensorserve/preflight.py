@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -286,7 +286,7 @@ def check_weights(
     fingerprint = manifest.fingerprint if manifest and own else None
     if fingerprint is not None:
         check_engine(fingerprint, plan)
-    template, first = _first_shard(plan, access, key, observer)
+    template, first = _first_shard(plan, access, key, observer, manifest)
     opened = [first]
     try:
         for name in plan.shards(template)[1:]:
@@ -488,9 +488,23 @@ def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) ->
 
 
 def _first_shard(
-    plan: LaunchPlan, access: Access, key: FileKey | None, observer: FetchObserver | None
+    plan: LaunchPlan,
+    access: Access,
+    key: FileKey | None,
+    observer: FetchObserver | None,
+    manifest: Manifest | None,
 ) -> tuple[str, OpenTensors]:
-    """The template among the plan's candidates whose first file exists, and that file."""
+    """The template among the plan's candidates whose first file exists, and that file.
+
+    Where a manifest is vouched for, it says which there are, and how many of them: a server that
+    hides one must not decide it.
+    """
+    vouched = manifest.tensors_files if manifest and manifest.vouched_by else {}
+    named = [template for template in plan.tensors if plan.shards(template)[0] in vouched]
+    for template in named[:1]:
+        _check_count(template, plan, vouched)
+        uri = sources.join(plan.bundle_uri, plan.shards(template)[0])
+        return template, open_tensors(uri, access, key, observer=observer)
     missing: NotFoundError | None = None
     for template in plan.tensors:
         uri = sources.join(plan.bundle_uri, plan.shards(template)[0])
@@ -507,13 +521,29 @@ def _first_shard(
         except NotFoundError:
             return template, opened
         opened.source.close()
-        raise ConfigurationError(
-            f"The bundle has more shards than {plan.tensor_parallel_size}: it was made for a "
-            "larger tensor-parallel size.",
-            hint="Set TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE to the number of its shards.",
-        )
+        raise _other_count(f"more shards than {plan.tensor_parallel_size}", "larger")
     assert missing is not None
     raise missing
+
+
+def _check_count(template: str, plan: LaunchPlan, vouched: Collection[str]) -> None:
+    """Raises ConfigurationError unless `template` means as many files as the manifest names."""
+    wanted = plan.shards(template)
+    if not SHARD_PATTERN.search(template):
+        return
+    before, after = SHARD_PATTERN.split(template)
+    pattern = re.compile(rf"{re.escape(before)}\d+{re.escape(after)}")
+    there = {name for name in vouched if pattern.fullmatch(name)}
+    if there != set(wanted):
+        size = "larger" if len(there) > len(wanted) else "smaller"
+        raise _other_count(f"{len(there)} shards by its {MANIFEST}, not {len(wanted)}", size)
+
+
+def _other_count(found: str, size: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The bundle has {found}: it was made for a {size} tensor-parallel size.",
+        hint="Set TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE to the number of its shards.",
+    )
 
 
 def _vllm_version() -> str:
