@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -43,12 +44,18 @@ MAX_TOTAL_BYTES = 2 * 1024**3
 
 
 def artifact_names(
-    bundle_uri: str, access: Access, manifest: Manifest | None, *, remote_code: bool = False
+    bundle_uri: str,
+    access: Access,
+    manifest: Manifest | None,
+    *,
+    remote_code: bool = False,
+    sealed: bool = False,
 ) -> dict[str, int | None]:
     """The files to fetch, as {relative name: bytes, None where unknown}.
 
     From the manifest if there is one, else from a listing, else the names that models use.
-    Python files only with `remote_code`: vLLM would run them.
+    Python files only with `remote_code`: vLLM would run them. Raises CorruptError for those of a
+    model with `sealed` weights, unless its manifest is vouched for.
     """
     listed: dict[str, int | None]
     if manifest is not None:
@@ -57,7 +64,7 @@ def artifact_names(
         listed = dict(listing)
     else:
         listed = dict.fromkeys(KNOWN_NAMES)
-    return {
+    names = {
         name: size
         for name, size in sorted(listed.items())
         if not name.endswith(WEIGHT_SUFFIXES)
@@ -65,6 +72,24 @@ def artifact_names(
         and not any(part.startswith(".") for part in PurePosixPath(name).parts)
         and (remote_code or not name.endswith(".py"))
     }
+    if sealed:
+        refuse_unvouched_code(names, manifest)
+    return names
+
+
+def refuse_unvouched_code(names: Iterable[str], manifest: Manifest | None) -> None:
+    """Raises CorruptError if there is code among `names` and no authenticated manifest.
+
+    Code runs as the engine, which holds the key and the open weights.
+    """
+    code = [name for name in names if name.endswith(".py")]
+    if code and (manifest is None or not manifest.vouched_by):
+        raise CorruptError(
+            f"--trust-remote-code would run {code[0]}, and no authenticated {MANIFEST} says that "
+            "the key's owner packed it.",
+            hint="Look at the bundle's code, then give it a manifest: `tensorserve sign URI`. Or "
+            "serve without --trust-remote-code.",
+        )
 
 
 def fetch_artifacts(
@@ -74,15 +99,17 @@ def fetch_artifacts(
     manifest: Manifest | None = None,
     *,
     remote_code: bool = False,
+    sealed: bool = False,
 ) -> dict[str, int]:
     """Put the small files of the bundle below `destination` (0700) and give {name: bytes}.
 
-    With a `manifest`, each must be what was packed. A file is complete or absent: it is written
-    under another name first. Raises CorruptError for a file that is none of the bundle's, a name
-    that leaves the directory or a missing config.json, ConfigurationError if the disk is full or
-    read-only, and the sources' errors.
+    `remote_code` and `sealed` as in artifact_names. With a `manifest`, each must be what was
+    packed. A file is complete or absent: it is written under another name first. Raises
+    CorruptError for a file that is none of the bundle's, a name that leaves the directory or a
+    missing config.json, ConfigurationError if the disk is full or read-only, and the sources'
+    errors.
     """
-    names = artifact_names(bundle_uri, access, manifest, remote_code=remote_code)
+    names = artifact_names(bundle_uri, access, manifest, remote_code=remote_code, sealed=sealed)
     total = sum(size or 0 for size in names.values())
     _check_total(bundle_uri, total)
     _prepare(destination, total)

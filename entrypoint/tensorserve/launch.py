@@ -14,8 +14,8 @@ from tensorserve.adapters import hold_adapters
 from tensorserve.artifacts import fetch_artifacts
 from tensorserve.errors import TensorserveError
 from tensorserve.model_infos import bring_model_infos
-from tensorserve.opening import access_for
-from tensorserve.plan import LaunchPlan, make_plan, wants_adapters, with_adapters
+from tensorserve.opening import access_for, has_key
+from tensorserve.plan import LaunchPlan, make_plan, trusts_code, wants_adapters, with_adapters
 from tensorserve.prefetching import start_prefetch
 from tensorserve.preflight import Weights, prepare_state_dir, run_checks
 from tensorserve.secret import Secret
@@ -51,7 +51,8 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
             access_for(settings),
             plan.model_dir,
             weights.manifest,
-            remote_code="--trust-remote-code" in plan.argv,
+            remote_code=trusts_code(plan),
+            sealed=has_key(settings),
         )
         if wants_adapters(plan):
             held = hold_adapters(plan.bundle_uri, plan.model_dir, settings, weights.manifest)

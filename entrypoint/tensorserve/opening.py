@@ -60,6 +60,11 @@ def key_for(settings: Settings) -> ModelKey | None:
     return None
 
 
+def has_key(settings: Settings) -> bool:
+    """Whether the user gave a key or a passphrase: the weights must be sealed then."""
+    return settings.key is not None or settings.passphrase is not None
+
+
 def open_manifest(
     bundle_uri: str,
     access: Access,

@@ -155,6 +155,11 @@ def wants_adapters(plan: LaunchPlan) -> bool:
     return "--no-enable-lora" not in map(_flag_of, plan.argv)
 
 
+def trusts_code(plan: LaunchPlan) -> bool:
+    """Whether vLLM is told to run a bundle's code."""
+    return "--trust-remote-code" in map(_flag_of, plan.argv)
+
+
 def with_adapters(plan: LaunchPlan, adapters: Sequence[tuple[str, Path, int]]) -> LaunchPlan:
     """The plan that serves `adapters` (name, directory, rank) too. What the user gave wins."""
     if not adapters:

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tensorserve import sources, vllm_flags
+from tensorserve.artifacts import artifact_names
 from tensorserve.drafts import Draft, check_draft, draft_of
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
@@ -27,8 +28,15 @@ from tensorserve.layouts import check_layout, has_head
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import MANIFEST, Manifest, check_index
 from tensorserve.memory_group import available_bytes
-from tensorserve.opening import OpenTensors, access_for, key_for, open_manifest, open_tensors
-from tensorserve.plan import SHARD_PATTERN, LaunchPlan, shard_name, wants_adapters
+from tensorserve.opening import (
+    OpenTensors,
+    access_for,
+    has_key,
+    key_for,
+    open_manifest,
+    open_tensors,
+)
+from tensorserve.plan import SHARD_PATTERN, LaunchPlan, shard_name, trusts_code, wants_adapters
 from tensorserve.prefetching import may_share
 from tensorserve.ranks import Ranks, has_flag, ranks_of
 from tensorserve.secret import redact_uri
@@ -258,7 +266,11 @@ def check_source(
 ) -> Iterator[Passed]:
     """Every shard is there, whole, a .tensors file, and opened by the key; so is config.json."""
     yield from check_weights(settings, plan, weights, observer)
-    check_config(plan.bundle_uri, access_for(settings))
+    access = access_for(settings)
+    check_config(plan.bundle_uri, access)
+    if trusts_code(plan) and has_key(settings):
+        # Before vLLM starts, and in `check`; the files are fetched by the same rule.
+        artifact_names(plan.bundle_uri, access, weights.manifest, remote_code=True, sealed=True)
     yield Passed("configuration", f"config.json is there, {_bound(weights.manifest)}")
     if (adapters := adapters_of(weights.manifest)) and wants_adapters(plan):
         if plan.served_name in adapters:

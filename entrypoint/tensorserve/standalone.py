@@ -19,12 +19,12 @@ from typing import Any
 
 from tensorserve import sources
 from tensorserve.adapters import hold_adapters
-from tensorserve.artifacts import fetch_artifacts
+from tensorserve.artifacts import artifact_names, fetch_artifacts
 from tensorserve.drafts import local_bundle
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import KEY_SIZE
 from tensorserve.linux import no_core_files
-from tensorserve.opening import access_for
+from tensorserve.opening import access_for, has_key
 from tensorserve.plan import LaunchPlan, make_plan
 from tensorserve.preflight import (
     Weights,
@@ -144,7 +144,8 @@ def own_start(
 
     vLLM has read configuration and tokenizer by then, from the directory `model`. Where that is
     the bundle's own, they are compared with an authenticated manifest now, `remote_code` as well:
-    CorruptError before a request can be answered.
+    CorruptError before a request can be answered. Code that nobody vouches for is refused there
+    where a key is set.
     """
     settings = Settings.from_environment(environ)
     plan: LaunchPlan = replace(make_plan(settings), tensor_parallel_size=ranks, engine=())
@@ -155,6 +156,8 @@ def own_start(
     own = bundle is not None and os.path.realpath(model) == os.path.realpath(bundle)
     if bundle is not None and own and manifest is not None and manifest.vouched_by:
         check_files_in_place(bundle, manifest, remote_code=remote_code)
+    elif own and remote_code and has_key(settings):
+        artifact_names(plan.bundle_uri, access_for(settings), None, remote_code=True, sealed=True)
     _warn(weights)
     check_host_memory(settings, plan, weights)
     settings = replace(settings, host_memory_limit=weights.host_memory_limit)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 
-from forging import rewrite
+import pytest
+from forging import MANIFEST, known_plaintext, rewrite
 from starting import refused, start
 from victims import Store
 
@@ -26,6 +28,23 @@ def test_beside_the_files(tmp_path: Path, bundle: Path, store: Store) -> None:
     (bundle / "modeling_evil.py").write_text(CODE)
     (bundle / "tokenization_llama.py").write_text(CODE)
     ended = start(tmp_path, store.put(bundle) | TRUSTED)
+    assert ended.code is None, ended.text
+    assert not list(ended.model_dir.rglob("*.py"))
+
+
+@pytest.mark.parametrize("wish", ["auto", "tags"])
+def test_where_no_manifest_vouches(tmp_path: Path, bundle: Path, store: Store, wish: str) -> None:
+    """The weights' own digests, or tags, say nothing of code, which would hold their key."""
+    known_plaintext(bundle / "model.tensors", "model.norm.weight", struct.pack("<16f", *[1.0] * 16))
+    (bundle / MANIFEST).unlink()
+    (bundle / "modeling_evil.py").write_text(CODE)
+    name_code(bundle)
+    environ = store.put(bundle) | {"TENSORSERVE_VERIFY": wish}
+    said = refused(tmp_path, environ | TRUSTED)
+    assert "--trust-remote-code would run modeling_evil.py" in said
+    assert "tensorserve sign" in said
+    # Not trusted, it is not fetched: configuration and weights are served as ever.
+    ended = start(tmp_path, environ)
     assert ended.code is None, ended.text
     assert not list(ended.model_dir.rglob("*.py"))
 

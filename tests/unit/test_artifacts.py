@@ -52,6 +52,25 @@ def test_code_comes_only_where_the_user_trusts_it(bundle: Path, tmp_path: Path) 
     assert "modeling.py" in fetch_artifacts(str(bundle), ACCESS, out, remote_code=True)
 
 
+@pytest.mark.parametrize("vouched_by", [None, "key", "pin"])
+def test_code_beside_sealed_weights_must_be_vouched_for(
+    bundle: Path, tmp_path: Path, vouched_by: str | None
+) -> None:
+    """What a listing says, and a manifest that anybody may have written, vouch for nothing."""
+    files = tuple(entry(name, name) for name in ("config.json", "modeling.py"))
+    manifest = Manifest(files=files, tensors_files={}, encryption=None, vouched_by=vouched_by)
+    out = tmp_path / "m"
+    if vouched_by is not None:
+        written = fetch_artifacts(str(bundle), ACCESS, out, manifest, remote_code=True, sealed=True)
+        assert "modeling.py" in written
+        return
+    for given in (manifest, None):
+        with pytest.raises(CorruptError, match=r"would run modeling\.py"):
+            fetch_artifacts(str(bundle), ACCESS, out, given, remote_code=True, sealed=True)
+        assert not out.exists()
+    assert "config.json" in fetch_artifacts(str(bundle), ACCESS, out, sealed=True)
+
+
 def test_without_a_listing_known_names_are_tried(bundle: Path, tmp_path: Path) -> None:
     """An HTTP server without a manifest: what is not there is not an error."""
     with RangeServer(bundle) as server:

@@ -165,6 +165,22 @@ assert "vllm" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_code_in_the_bundle_itself_must_be_vouched_for(bundle: Path, tmp_path: Path) -> None:
+    """vLLM has run it by then; it answers no request with the model, whose key is the owner's."""
+    place = tmp_path / "b"
+    shutil.copytree(bundle, place)
+    (place / "manifest.json").unlink()
+    (place / "modeling_x.py").write_text("")
+    environ = {
+        "TENSORSERVE_MODEL_URI": str(place),
+        "TENSORSERVE_KEY": KEY.hex(),
+        "TENSORSERVE_VERIFY": "tags",
+    }
+    assert own_start(environ, 1, str(place), remote_code=False).shards
+    with pytest.raises(CorruptError, match=r"would run modeling_x\.py"):
+        own_start(environ, 1, str(place), remote_code=True)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "remote_code", "said"),
     [
