@@ -6,7 +6,6 @@ here, and put into memory (`handoff`) as such a file; beside its configuration s
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from tensorserve import handoff, sources
 from tensorserve.checkpoint import DTYPE_LABELS
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import FileIndex, FileKey, read_index, read_tensor
+from tensorserve.headers import check_headers
 from tensorserve.host_memory import limit_of
 from tensorserve.keys import prove_key
 from tensorserve.lora import CONFIG, SAFETENSORS, WEIGHTS, adapter_file, adapters_of, rank_of
@@ -121,22 +121,20 @@ def _safetensors(
     rule: Verification,
 ) -> bytearray:
     """The tensors as a safetensors file. Raises CorruptError for what is not as it was packed."""
-    headers = hashlib.sha256()
+    headers = {
+        record.header_offset: content.read(record.header_offset, record.header_length)
+        for record in index.tensors
+    }
+    check_headers(content, headers, entry.headers_sha256, connections=1)
     header: dict[str, object] = {}
     at = 0
     for record in index.tensors:
-        headers.update(content.read(record.header_offset, record.header_length))
         header[record.name] = {
             "dtype": DTYPE_LABELS[record.dtype],
             "shape": list(record.shape),
             "data_offsets": [at, at + record.length],
         }
         at += record.length
-    if headers.hexdigest() != entry.headers_sha256:
-        raise CorruptError(
-            f"{content.name}: the tensors' headers are not those of the manifest.",
-            hint="Tensors were exchanged for others under the same key. Pack it again.",
-        )
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     image = bytearray(len(text).to_bytes(8, "little") + text)
@@ -153,7 +151,7 @@ class _Fetched(ReadsParts):
 
     remote = False
     pinned = True
-    version = None
+    version: str | None = None
 
     def __init__(self, name: str, data: bytes) -> None:
         self.name, self.size, self._data = name, len(data), data

@@ -8,12 +8,10 @@ What looks damaged is read once more: on the wire, or at rest? What comes a seco
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -37,7 +35,7 @@ from tensorserve.linux import populate
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.schedule import PART_BYTES
 from tensorserve.loading.staging import Staging
-from tensorserve.sources import ReplacedError, Source
+from tensorserve.sources import Source
 
 
 @dataclass(eq=False)
@@ -127,33 +125,10 @@ class Opener:
         self._hashes = hashes
         self._digests = digests or {}
         self._strips = encrypted and opens_strips()
-        self._headers: dict[int, bytes] = {}
+        self.headers: dict[int, bytes] = {}
+        """{offset: header}, as they come."""
         # Memory of parts, to be used again: fresh memory costs as much as decryption.
         self._spare: deque[memoryview] = deque()
-
-    def headers_sha256(self) -> str:
-        """SHA-256 (hex) of all headers so far, in file order: of nonces, tags and hashes."""
-        headers = (self._headers[offset] for offset in sorted(self._headers))
-        return hashlib.sha256(b"".join(headers)).hexdigest()
-
-    def check_headers_still(self, connections: int) -> None:
-        """Raises ReplacedError unless each header that was used still stands in the file.
-
-        Where nothing else pins a version, that is what tells a file that was replaced during the
-        load: a header holds its tensor's hashes and tags.
-        """
-
-        def changed(offset: int) -> bool:
-            now = bytearray(len(self._headers[offset]))
-            self._source.read_again(offset, memoryview(now))
-            return bytes(now) != self._headers[offset]
-
-        with ThreadPoolExecutor(connections, "tensorserve-headers") as pool:
-            if any(pool.map(changed, sorted(self._headers))):
-                raise ReplacedError(
-                    f"{self._source.name} was replaced while it was read.",
-                    hint="Start again; upload models under a new name instead of over an old one.",
-                )
 
     def gathers(self, record: TensorRecord) -> bool:
         """Whether a tensor that is staged should come together in host memory as a whole.
@@ -509,13 +484,13 @@ class Opener:
         header = parse_header(
             record, memoryview(data), encrypted=self._encrypted, source_name=self._source.name
         )
-        self._headers[record.header_offset] = bytes(data)
+        self.headers[record.header_offset] = bytes(data)
         return header
 
     def _read_header_again(self, record: TensorRecord) -> tuple[TensorHeader, bool]:
         """What stands in the file now, and whether it is, byte for byte, what was read before."""
         self._progress.retry("corrupt")
-        before = self._headers.get(record.header_offset)
+        before = self.headers.get(record.header_offset)
         data = bytearray(record.header_length)
         self._source.read_again(record.header_offset, memoryview(data))
         return self._parse(record, data), bytes(data) == before

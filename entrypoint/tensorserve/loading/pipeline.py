@@ -18,8 +18,8 @@ from types import TracebackType
 
 import torch
 
-from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, TensorRecord
+from tensorserve.headers import check_headers
 from tensorserve.linux import run_on
 from tensorserve.loading.connections import REMOTE_MOST, Connections, remote_start
 from tensorserve.loading.memory import HostMemory
@@ -39,8 +39,6 @@ _SURPLUS_SECONDS = 0.1
 _ROOM_SECONDS = 0.5
 # Threads that are still in a read when all is done are left to their timeout.
 _JOIN_SECONDS = 0.5
-# Connections that read small pieces at the end of a load.
-_AT_ONCE = 16
 # The part of `ahead_bytes` for memory that waits to be used again.
 _KEPT = 8
 
@@ -203,7 +201,13 @@ class TensorStream:
             self._raise()
             self._left -= 1
             if not self._left:
-                self._check_headers()
+                options = self._options
+                check_headers(
+                    self._source,
+                    self._opener.headers,
+                    options.headers_sha256,
+                    connections=options.connections,
+                )
             if pending.header_only:
                 continue
             if self._staging is not None:
@@ -220,19 +224,6 @@ class TensorStream:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _check_headers(self) -> None:
-        """Nonces, tags and hashes of the whole file are those that the manifest vouches for."""
-        expected = self._options.headers_sha256
-        if expected is None:
-            if not self._source.pinned:
-                self._opener.check_headers_still(self._options.connections or _AT_ONCE)
-            return
-        if self._opener.headers_sha256() != expected:
-            raise CorruptError(
-                f"{self._source.name}: the tensors' headers are not those of the manifest.",
-                hint="Tensors were exchanged for others under the same key. Pack it again.",
-            )
 
     # The crew -------------------------------------------------------------------------------------
 

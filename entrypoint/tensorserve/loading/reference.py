@@ -7,23 +7,19 @@ version), the checks of index and headers, and the key.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 
-from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.errors import ConfigurationError
 from tensorserve.format import FileIndex, FileKey, TensorRecord, parse_header
+from tensorserve.headers import check_headers, small_reads
 from tensorserve.loading.pipeline import LoadOptions
 from tensorserve.loading.progress import LoadProgress
 from tensorserve.loading.reference_reading import DamagedError, Load, Reading
 from tensorserve.loading.staging import empty_host_cache
-from tensorserve.sources import ReplacedError, Source
-
-# Connections that read small pieces at the end of a load.
-_AT_ONCE = 16
+from tensorserve.sources import Source
 
 
 class ReferenceStream:
@@ -104,23 +100,11 @@ class ReferenceStream:
         return torch.zeros(record.shape, dtype=getattr(torch, record.dtype), device=load.device)
 
     def _check_headers(self) -> None:
-        """Nonces, tags and hashes of the whole file are those that the manifest vouches for; where
-        nothing vouches for them, and no version pins the file, they still stand there.
-        """
-        expected, found = self._load.options.headers_sha256, self._load.headers
-        if expected is None:
-            if not self._load.source.pinned:
-                self._check_headers_still()
-            return
-        self._read_other_headers()
-        if (
-            hashlib.sha256(b"".join(found[offset] for offset in sorted(found))).hexdigest()
-            != expected
-        ):
-            raise CorruptError(
-                f"{self._load.source.name}: the tensors' headers are not those of the manifest.",
-                hint="Tensors were exchanged for others under the same key. Pack it again.",
-            )
+        load = self._load
+        expected, connections = load.options.headers_sha256, load.options.connections
+        if expected is not None:
+            self._read_other_headers()
+        check_headers(load.source, load.headers, expected, connections=connections)
 
     def _read_other_headers(self) -> None:
         """Of what is left out, those that tensorizer has not passed over: it reads none before the
@@ -135,29 +119,9 @@ class ReferenceStream:
             data = load.source.read(record.header_offset, record.header_length)
             load.headers[record.header_offset] = data
 
-        with self._connections() as pool:
+        with small_reads(load.options.connections) as pool:
             for _ in pool.map(read, left):
                 pass
-
-    def _check_headers_still(self) -> None:
-        """As our loader does (`Opener.check_headers_still`). Raises ReplacedError."""
-        load = self._load
-
-        def changed(offset: int) -> bool:
-            now = bytearray(len(load.headers[offset]))
-            load.source.read_again(offset, memoryview(now))
-            return bytes(now) != load.headers[offset]
-
-        with self._connections() as pool:
-            if any(pool.map(changed, sorted(load.headers))):
-                raise ReplacedError(
-                    f"{load.source.name} was replaced while it was read.",
-                    hint="Start again; upload models under a new name instead of over an old one.",
-                )
-
-    def _connections(self) -> ThreadPoolExecutor:
-        """For small pieces."""
-        return ThreadPoolExecutor(self._load.options.connections or _AT_ONCE, "tensorserve-headers")
 
 
 def _require(*, sodium: bool) -> None:
