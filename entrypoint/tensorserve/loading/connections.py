@@ -76,6 +76,11 @@ class Connections:
         """No more than that will be asked for by the next step."""
         return max(_FIRST_STEP, 2 * self.target)
 
+    def limit(self, most: int) -> None:
+        """From now on no more than `most`: the memory for them is wanted for something else."""
+        self._most = min(self._most, most)
+        self.target = min(self.target, self._most)
+
     def step(self) -> float:
         """Measure and decide."""
         now, received = self._clock(), self._received()
@@ -113,7 +118,7 @@ class Connections:
         if self._before is not None:
             before, slower = self._before
             if rate < (_WORTH if self._doubled else _WORTH_WIDE) * slower:
-                self.target = before
+                self.target = min(before, self._most)
                 self._before = None
                 # After a wider step there is a number between.
                 if self._doubled:

@@ -127,10 +127,13 @@ class TensorStream:
         # On the way to a device a strip is a whole part where it can be: it is opened in the slot
         # from which it is sent.
         strip = strip_bytes(source.remote, direct) if staging is None else PART_BYTES
+        # In vLLM's layout a tensor that stays in host memory otherwise may have its place.
+        self._in_host = staging is None or options.verify_hashes
+        self._in_host = self._in_host or any(not staged(r) and place(r) is None for r in records)
         self._memory = HostMemory(options.ahead_bytes // _KEPT)
         # With staging, the parts in which its job begins and ends may wait for another's.
         self._connection_bytes = strip + (2 * PART_BYTES if staging is not None else 0)
-        most = max(4, self._for_connections() // self._connection_bytes)
+        most = self._most_connections()
         self._connections = _connections(source, options, progress, most)
         self._schedule: Schedule[Pending] = Schedule(
             records,
@@ -316,6 +319,10 @@ class TensorStream:
         to_device = memory is not None or self._staged(record)
         staging = self._staging if to_device else None
         gathered = staging is not None and self._opener.gathers(record)
+        if gathered and not self._in_host:
+            self._in_host = True  # as the file's first headers have shown
+            if self._options.connections is None:
+                self._connections.limit(self._most_connections())
         ahead = record.length if memory is None else 0
         host = record.length if gathered else ahead if staging is None else 0
         device = ahead if staging is not None else 0
@@ -357,10 +364,13 @@ class TensorStream:
     def _for_connections(self) -> int:
         """Bytes of host memory that they may take, all together."""
         limit, staging = self._options.ahead_bytes, self._staging
-        if staging is None or self._options.verify_hashes:
+        if staging is None or self._in_host:
             return limit * 3 // 8
         # No tensors are in it. And half of the ring is for parts that come bit by bit.
         return limit - limit // _KEPT + staging.ring_bytes // 2
+
+    def _most_connections(self) -> int:
+        return max(4, self._for_connections() // self._connection_bytes)
 
     def _release(self, room: Room, count: int) -> None:
         if not count:

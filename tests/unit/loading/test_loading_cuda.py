@@ -22,6 +22,7 @@ from tensorserve.format import read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.loading import opener as openers
+from tensorserve.loading import pipeline as pipelines
 from tensorserve.loading import staging as stagings
 from tensorserve.loading.schedule import PART_BYTES
 from tensorserve.loading.staging import SLOT_BYTES, Staging
@@ -317,3 +318,39 @@ def test_the_ring_is_made_near_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _thread() -> str:
     return threading.current_thread().name
+
+
+@pytest.mark.parametrize("why", ["staged", "not staged", "placed", "hashes", "long chunks"])
+def test_connections_leave_the_room_of_tensors_in_host_memory(
+    files: dict[str, Path], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three eighths for them, half for tensors, an eighth for memory to be used again.
+
+    Where no tensor is in host memory, connections have the tensors' part too.
+    """
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(pipelines, "REMOTE_MOST", 1000)
+    source = LocalSource(files["long" if why == "long chunks" else "sealed"])
+    source.remote = True
+    limit = 320 * MIB
+    stays = why in {"not staged", "placed"}
+    stream = TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=True,
+        key=GivenKey(KEY, "test"),
+        options=LoadOptions(verify_hashes=why == "hashes", ahead_bytes=limit),
+        progress=LoadProgress(),
+        staging=Staging(GPU, 0),
+        staged=lambda _: not stays,
+        place=lambda r: torch.empty(r.length, device=GPU) if why == "placed" else None,
+    )
+    if why == "long chunks":
+        with stream:
+            for _ in stream:
+                pass
+    took = stream._connections._most * stream._connection_bytes
+    if why in {"staged", "placed"}:
+        assert took > limit * 3 // 8
+    else:
+        assert took <= limit * 3 // 8
