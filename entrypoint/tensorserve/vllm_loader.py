@@ -164,10 +164,7 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             raise
         self._phase("postprocess", "end")
         self._phase("warmup", "begin")
-        if get_tensor_model_parallel_world_size() == 1:
-            # Of several ranks, one opens what another has fetched, and torch hands memory on by
-            # pidfd_getfd: there the limit above is all.
-            hide_memory()
+        self._hide_memory()
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -217,6 +214,15 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self._emit("load_done", rank=self._number)
         self._phase("load", "end")
         self._phase("postprocess", "begin")
+
+    def _hide_memory(self) -> None:
+        """Let no other process look into this one, where no other rank has to.
+
+        Of several ranks on a machine, replicas too, one opens what another has fetched, and torch
+        hands memory on by pidfd_getfd: there the limit on core files is all.
+        """
+        if self._ranks_here == 1:
+            hide_memory()
 
     def _load_processed(
         self,

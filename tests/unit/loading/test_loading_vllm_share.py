@@ -69,3 +69,14 @@ def test_threads_run_near_the_gpu_or_where_vllm_was_told_to_run(
     assert made._processors() == os.sched_getaffinity(0)
     made._device = torch.device("cpu")
     assert made._processors() == set(range(4))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_is_hidden_where_no_other_rank_is_on_the_machine(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipeline stages and replicas of tensor-parallel size 1 hand memory on as well."""
+    hidden: list[bool] = []
+    monkeypatch.setattr(vllm_loader, "hide_memory", lambda: hidden.append(True))
+    loader("1GiB", ranks=ranks, shares=False)._hide_memory()
+    assert bool(hidden) == (ranks == 1)
