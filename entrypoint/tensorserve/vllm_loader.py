@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -198,15 +198,12 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             )
             if as_vllm_has_it:
                 targets = homes(model)
-                staging = self._staging()
-                here = self._device if staging is not None else torch.device("cpu")
-                tensors = self._stream(
-                    opened, records, staging, lambda record: home(targets, record, here)
-                )
+                here = self._device if self._stages else torch.device("cpu")
+                tensors = self._stream(opened, records, lambda record: home(targets, record, here))
                 parameters = ((n, t) for n, t in tensors if n != RANK_MARKER)
                 copy_in_place(model, parameters, once=packed)
             else:
-                tensors = self._stream(opened, records, self._staging())
+                tensors = self._stream(opened, records)
                 beside = beside_the_checkpoint(self.load_config, model)
                 fill(self, model, model_config, chain(tensors, beside))
             if torch.accelerator.is_available():
@@ -324,34 +321,34 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
         self,
         opened: OpenTensors,
         records: list[TensorRecord],
-        staging: Staging | None,
         place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for vLLM, with progress in the event log. `copy` is vLLM's time."""
         settings: Settings = self._start.settings
-        ring = staging.ring_bytes if staging is not None else 0
         shard = self._start.shard(self._rank)
-        options = LoadOptions(
-            connections=settings.fetch_connections,
-            ahead_bytes=max(0, self._memory_limit() - ring),
-            processors=self._processors(),
-        )
+        options = LoadOptions(connections=settings.fetch_connections, processors=self._processors())
         options = checked_as(options, shard, opened.index, records, opened.source.name)
-        end = report_every(PROGRESS_SECONDS, self._report)
-        try:
-            with self._reader(opened, records, options, staging, place) as stream:
-                for record, tensor in stream:
-                    started = time.monotonic()
-                    yield module_name(record), tensor
-                    self._progress.stage("copy", record.length, time.monotonic() - started)
-        # What vLLM raises does not come here; a ValueError of ours it would take for the model's.
-        except Exception as error:
-            failure = load_failure(error, settings.loader)
-            if failure is error:
-                raise
-            raise failure from error
-        finally:
-            end()
+        with ExitStack() as held:
+            staging = self._staging()
+            if staging is not None:
+                # The stream does so too, but not one that could not be made or begun.
+                held.callback(staging.close)
+            ring = staging.ring_bytes if staging is not None else 0
+            options = replace(options, ahead_bytes=max(0, self._memory_limit() - ring))
+            held.callback(report_every(PROGRESS_SECONDS, self._report))
+            try:
+                with self._reader(opened, records, options, staging, place) as stream:
+                    for record, tensor in stream:
+                        started = time.monotonic()
+                        yield module_name(record), tensor
+                        self._progress.stage("copy", record.length, time.monotonic() - started)
+            # What vLLM raises does not come here; a ValueError of ours it would take for the
+            # model's.
+            except Exception as error:
+                failure = load_failure(error, settings.loader)
+                if failure is error:
+                    raise
+                raise failure from error
 
     def _reader(
         self,
@@ -403,11 +400,15 @@ class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]
             return frozenset(os.sched_getaffinity(0))  # to those that the user or vLLM chose
         return near(self._device, self._start.processors)
 
+    @property
+    def _stages(self) -> bool:
+        return self._device.type == "cuda" and self._start.settings.loader != "reference"
+
     def _staging(self) -> Staging | None:
         """The way to a GPU; None where tensors stay in host memory, and for tensorizer's reader,
         which has its own.
         """
-        if self._device.type != "cuda" or self._start.settings.loader == "reference":
+        if not self._stages:
             return None
         # At most half of it: the threads need memory as well.
         limit = self._memory_limit() // 2

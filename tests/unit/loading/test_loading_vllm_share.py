@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NoReturn, cast
 
 import pytest
 import torch
@@ -10,9 +14,13 @@ from vllm.config.load import LoadConfig
 
 import fake_cuda
 from tensorserve import vllm_loader
+from tensorserve.errors import CorruptError
+from tensorserve.format import FileIndex
 from tensorserve.loading.staging import RING_BYTES
+from tensorserve.opening import OpenTensors
 from tensorserve.settings import Settings
-from tensorserve.start import Start
+from tensorserve.sources import Source
+from tensorserve.start import Shard, Start
 from tensorserve.vllm_loader import TensorserveLoader
 
 MIB = 1024**2
@@ -80,3 +88,27 @@ def test_a_worker_is_hidden_where_no_other_rank_is_on_the_machine(
     monkeypatch.setattr(vllm_loader, "hide_memory", lambda: hidden.append(True))
     loader("1GiB", ranks=ranks, shares=False)._hide_memory()
     assert bool(hidden) == (ranks == 1)
+
+
+@pytest.mark.parametrize("broken", ["checked_as", "TensorStream", "report_every"])
+def test_a_load_that_does_not_begin_leaves_no_page_locked_memory(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ring is made after the checks, and given back whatever raises then."""
+    cuda = fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(vllm_loader, "near", lambda *_: frozenset({2}))
+    monkeypatch.setattr(vllm_loader, "checked_as", lambda options, *_: options)
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise CorruptError("broken")
+
+    monkeypatch.setattr(vllm_loader, broken, fails)
+    made = loader("1GiB", ranks=1, shares=False)
+    source = SimpleNamespace(name="a test's")
+    index = SimpleNamespace(encrypted=False)
+    opened = OpenTensors(cast("Source", source), cast("FileIndex", index), None)
+    made._started = replace(made._start, shards=(Shard("s3://b/m", None, 1),))
+    with pytest.raises(CorruptError, match="broken"):
+        next(made._stream(opened, []))
+    gc.collect()
+    assert not cuda.locked
