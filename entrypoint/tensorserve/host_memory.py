@@ -20,6 +20,9 @@ _RANK_LEAST = 512 * _MIB
 _FETCHED_BYTES = 4 * _GIB
 # What is fetched ahead gets at least that part of the limit, (numerator, denominator).
 _FETCHED_PART = 3, 8
+# Beyond that a tensor of which a rank takes a slice stays in host memory until then. Below, it is
+# one of several that the device has room for. Not measured on a GPU yet.
+SLICED_BYTES = 256 * 1024**2
 # What a start leaves to others of what is available.
 _PART, _LEAST_PART = 4, 2
 # Less reads no model (`TENSORSERVE_HOST_MEMORY_LIMIT` accepts no less).
@@ -51,6 +54,15 @@ def limit_of(settings: Settings) -> int:
     if settings.host_memory_limit is not None:
         return settings.host_memory_limit
     return automatic_limit(available_bytes(), 1)
+
+
+def largest_needs(largest: int, ranks: int, limit: int) -> int:
+    """Bytes of host memory for a load of `ranks` that each hold a tensor of `largest` bytes there.
+
+    A rank lets one in alone that is larger than its room, half of its part of `limit`. The other
+    half is for connections, and for what is fetched ahead.
+    """
+    return max(limit, ranks * largest + limit // 2) if largest else 0
 
 
 def fetched_bytes(limit: int, ranks: int) -> int:

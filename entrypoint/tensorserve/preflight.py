@@ -23,8 +23,8 @@ from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import FileKey, read_header, require_digest
 from tensorserve.gpus import Gpus, read_gpus
-from tensorserve.host_memory import automatic_limit
-from tensorserve.layouts import check_layout, has_head
+from tensorserve.host_memory import SLICED_BYTES, automatic_limit, largest_needs
+from tensorserve.layouts import check_layout, has_head, is_vllm_layout
 from tensorserve.lora import adapters_of
 from tensorserve.manifest import MANIFEST, Manifest, check_index
 from tensorserve.memory_group import available_bytes
@@ -75,6 +75,11 @@ class Weights:
 
     shards: tuple[Shard, ...] = ()
     data_bytes: int = 0
+    largest_bytes: int = 0
+    """Of the largest tensor."""
+    sliced: bool = True
+    """Whether vLLM's weight loaders take slices of tensors, where there are several ranks: not in
+    its own layout, where each tensor is a parameter."""
     draft_bytes: int = 0
     """Of a draft model with files of its own."""
     manifest: Manifest | None = None
@@ -316,6 +321,8 @@ def check_weights(
             if manifest and (name in vouched or manifest.vouched_by or len(plan.tensors) > 1):
                 check_index(manifest, name, one.index)
         weights.data_bytes = sum(o.index.data_bytes for o in opened)
+        weights.largest_bytes = max((r.length for o in opened for r in o.index.tensors), default=0)
+        weights.sliced = fingerprint is None and not is_vllm_layout(first.index)
         weights.shards = tuple(
             _shard(settings, plan, name, one, manifest, fingerprint)
             for name, one in zip(names, opened, strict=True)
@@ -483,20 +490,53 @@ def _check_on_host(data_bytes: int, ranks: Ranks) -> Passed:
 
 
 def check_host_memory(settings: Settings, plan: LaunchPlan, weights: Weights) -> Passed:
-    """How much host memory the load may take; said, never refused. Fills `weights`."""
+    """How much host memory the load may take. Fills `weights`.
+
+    Raises ConfigurationError where ranks on GPUs hold tensors as a whole in more than there is.
+    """
     name, limit = "host memory for the load", settings.host_memory_limit
+    ranks, available = ranks_of(plan.argv, plan.tensor_parallel_size), available_bytes()
     if limit is not None:
         weights.host_memory_limit = limit
+        _check_largest(settings, plan, weights, ranks, available)
         return Passed(name, f"{limit / 1e9:.2f} GB, as TENSORSERVE_HOST_MEMORY_LIMIT says")
-    ranks, available = ranks_of(plan.argv, plan.tensor_parallel_size), available_bytes()
     # Where Ray places them, nobody knows yet.
     here = max(1, ranks.parts // ranks.machines) if ranks.here is None else ranks.here
     fetches = may_share(weights.shards) and (settings.prefetch != "off" or here > 1)
     held = ranks.part(weights.data_bytes) * here if engine_is_cpu() else 0
     limit = automatic_limit(available, here, held=held, fetches=fetches)
     weights.host_memory_limit = limit
+    _check_largest(settings, plan, weights, ranks, available)
     known = "not known how much is" if available is None else f"{available / 1e9:.2f} GB"
     return Passed(name, f"{limit / 1e9:.2f} GB for {here} rank(s), automatic: {known} available")
+
+
+def _check_largest(
+    settings: Settings, plan: LaunchPlan, weights: Weights, ranks: Ranks, available: int | None
+) -> None:
+    if engine_is_cpu() or available is None or ranks.here is None:
+        return
+    largest, limit = weights.largest_bytes, weights.host_memory_limit or 0
+    parallel = plan.tensor_parallel_size > 1 or has_flag(
+        plan.argv, "--enable-expert-parallel", "-ep"
+    )
+    if weights.sliced and parallel and largest > SLICED_BYTES:
+        why = "to take its slice of it"
+    elif settings.loader == "reference":
+        why = "as TENSORSERVE_LOADER=reference reads it"
+    elif any(shard.check_digests for shard in weights.shards):
+        why = "to compare its digest"
+    else:
+        return
+    needed = largest_needs(largest, ranks.here, limit)
+    if needed > available:
+        raise ConfigurationError(
+            f"Each rank holds the largest tensor, {largest / 1e9:.2f} GB, in host memory as a "
+            f"whole, {why}: the load takes {needed / 1e9:.2f} GB for {ranks.here} rank(s) on this "
+            f"machine, and {available / 1e9:.2f} GB are available.",
+            hint="Give the container more memory, or run fewer ranks on the machine. With a lower "
+            "TENSORSERVE_HOST_MEMORY_LIMIT half of the difference is left for it.",
+        )
 
 
 def _first_shard(

@@ -33,7 +33,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import TensorRecord
-from tensorserve.host_memory import limit_of
+from tensorserve.host_memory import SLICED_BYTES, limit_of
 from tensorserve.layouts import RANK_MARKER, is_vllm_layout, loadable, module_name
 from tensorserve.linux import hide_memory, no_core_files
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, report_every
@@ -76,9 +76,6 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.25
 # Below vLLM's own logger, which alone it configures.
 logger = init_logger("vllm.tensorserve")
-# Beyond that a tensor of which a rank takes a slice stays in host memory until then. Below, it is
-# one of several that the device has room for. Not measured on a GPU yet.
-SLICED_BYTES = 256 * 1024**2
 
 
 class TensorserveLoader(BaseModelLoader):  # type: ignore[misc]

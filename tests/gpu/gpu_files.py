@@ -63,8 +63,8 @@ def dtypes() -> Tensors:
 
 
 def many() -> Tensors:
-    """Some thousand small ones."""
-    return {f"t{number}": noise(1 + number * 7 % 3000, number) for number in range(3000)}
+    """Many small ones: more than go into a job."""
+    return {f"t{number}": noise(1 + number * 7 % 3000, number) for number in range(600)}
 
 
 def empty() -> Tensors:
@@ -79,8 +79,8 @@ def empty() -> Tensors:
 
 
 def large() -> Tensors:
-    """One that is larger than any ring, and one behind it."""
-    return {"large": noise(150 * MIB + 17), "after": noise(5)}
+    """One that is larger than the ring of these tests (64 MiB), and one behind it."""
+    return {"large": noise(66 * MIB + 17), "after": noise(5)}
 
 
 def equal_ones() -> Tensors:

@@ -19,6 +19,8 @@ from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.loading.reference import ReferenceStream
 from tensorserve.loading.staging import Staging
 from tensorserve.sources.local import LocalSource
+from tensorserve.start import Shard
+from tensorserve.verification import checked_as
 
 RING = 64 * MIB
 LOADERS = ("auto", "reference")
@@ -48,20 +50,26 @@ def ours(
     loader: str = "auto",
     place: Callable[[TensorRecord], torch.Tensor | None] = lambda _: None,
     staged: Callable[[TensorRecord], bool] = lambda _: True,
+    wanted: Callable[[TensorRecord], bool] = lambda _: True,
+    shard: Shard | None = None,
 ) -> TensorStream | ReferenceStream:
     """A context manager that gives (record, tensor), as the engine makes it for this device.
 
     The consumer is the thread, and its stream, that calls this. `loader`: as TENSORSERVE_LOADER;
     `ring`, `place`, `staged` are for "auto". `ahead`: bytes of tensors not yet taken.
+    `wanted`: which tensors a rank loads; `shard`: what the start's checks say of the file.
     """
     index: FileIndex = read_index(source)
     given = GivenKey(key, "test") if index.encrypted and key is not None else None
+    records = [record for record in index.tensors if wanted(record)]
     options = LoadOptions(connections=connections, ahead_bytes=ahead, verify_hashes=hashes)
+    if shard is not None:
+        options = checked_as(options, shard, index, records, source.name)
     if loader == "reference":
         return ReferenceStream(
             source,
             index,
-            index.tensors,
+            records,
             key=given,
             options=options,
             progress=LoadProgress(),
@@ -69,7 +77,7 @@ def ours(
         )
     return TensorStream(
         source,
-        index.tensors,
+        records,
         encrypted=index.encrypted,
         key=given,
         options=options,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from gpu_files import CHUNKS, CONTENTS, MIB, Files
 from gpu_loads import LOADERS, RemoteFile, different, loaded, ours, reference
 
+from tensorserve.errors import CorruptError
+from tensorserve.format import read_header, read_index
 from tensorserve.sources.local import LocalSource
+from tensorserve.start import Shard
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -106,3 +114,46 @@ def test_with_verified_hashes(
         found = {record.name: tensor.clone() for record, tensor in stream}
     assert {tensor.device for tensor in found.values()} == {device}
     assert not different(found, files.tensors(content))
+
+
+def shard_of(path: Path, *, digests: bool) -> Shard:
+    """As the checks hand a file over that a signed manifest vouches for."""
+    source = LocalSource(path)
+    index = read_index(source)
+    headers = [source.read(r.header_offset, r.header_length) for r in index.tensors]
+    each = [read_header(source, record, index).sha256 or b"" for record in index.tensors]
+    source.close()
+    return Shard(
+        str(path),
+        None,
+        path.stat().st_size,
+        headers_sha256=sha256(b"".join(headers)).hexdigest(),
+        index_sha256=index.digest,
+        check_digests=digests,
+        digests=b"".join(each).hex() if digests else None,
+    )
+
+
+@pytest.mark.parametrize("digests", [False, True], ids=["", "digests"])
+@pytest.mark.parametrize("chunk", ["plain", "2MiB", "64MiB"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_some_tensors_of_a_signed_bundle(
+    files: Files, device: torch.device, loader: str, chunk: str, digests: bool
+) -> None:
+    """A rank loads every other one; headers of the rest count for the manifest's digest.
+
+    Another digest of them ends the load before its last tensor, another one of a tensor with it.
+    """
+    path, every = files.path("sizes", chunk), files.tensors("sizes")
+    chosen = dict(list(every.items())[1::2])
+    shard = shard_of(path, digests=digests)
+    options: dict[str, Any] = {"loader": loader, "wanted": lambda record: record.name in chosen}
+    found = loaded(path, device, shard=shard, **options)
+    assert {tensor.device for tensor in found.values()} == {device}
+    assert not different(found, chosen)
+    wrong = [replace(shard, headers_sha256="0" * 64)]
+    if shard.digests is not None:
+        wrong.append(replace(shard, digests="0" * len(shard.digests)))
+    for other in wrong:
+        with pytest.raises(CorruptError):
+            loaded(path, device, shard=other, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,68 @@ def test_the_memory_for_the_load_is_said_and_handed_on(
     found = preflight.check_host_memory(settings, make_plan(settings), weights).found
     assert found.startswith(expected)
     assert f"{(weights.host_memory_limit or 0) / 1e9:.2f} GB" in found
+
+
+GIB = 1024**3
+FUSED = {"largest_bytes": 20 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found", "digests", "refused"),
+    [
+        ({"TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": "8"}, FUSED, False, "take its slice"),
+        ({"TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": "2"}, FUSED, False, None),
+        ({"TENSORSERVE_VLLM_DATA_PARALLEL_SIZE": "8"}, FUSED, False, None),
+        (
+            {
+                "TENSORSERVE_VLLM_DATA_PARALLEL_SIZE": "8",
+                "TENSORSERVE_VLLM_ENABLE_EXPERT_PARALLEL": "true",
+            },
+            FUSED,
+            False,
+            "take its slice",
+        ),
+        ({"TENSORSERVE_VLLM_DATA_PARALLEL_SIZE": "8"}, FUSED, True, "compare its digest"),
+        (
+            {"TENSORSERVE_VLLM_DATA_PARALLEL_SIZE": "8", "TENSORSERVE_LOADER": "reference"},
+            FUSED,
+            False,
+            "LOADER=reference",
+        ),
+        ({"TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": "8"}, FUSED | {"sliced": False}, False, None),
+        (
+            {
+                "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": "8",
+                "TENSORSERVE_HOST_MEMORY_LIMIT": "1GiB",
+            },
+            FUSED,
+            False,
+            "take its slice",
+        ),
+    ],
+)
+def test_tensors_that_each_rank_holds_as_a_whole_fit_into_host_memory(
+    environ: dict[str, str],
+    found: dict[str, Any],
+    digests: bool,
+    refused: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Llama 4 Maverick's experts of a layer: eight ranks take 172 GB of a host with 100."""
+    monkeypatch.setattr(preflight, "engine_is_cpu", lambda: False)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 100 * 10**9)
+    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/m", **environ})
+    shard = Shard("/m", "1", 10, check_digests=digests)
+    weights = preflight.Weights((shard,), 800 * 10**9, **found)
+    if refused is None:
+        assert preflight.check_host_memory(settings, make_plan(settings), weights)
+        return
+    with pytest.raises(ConfigurationError, match=refused) as raised:
+        preflight.check_host_memory(settings, make_plan(settings), weights)
+    assert raised.value.exit_code == 78
+    assert "21.47 GB" in raised.value.message
+    assert "8 rank(s)" in raised.value.message
+    assert "100.00 GB" in raised.value.message
 
 
 def test_each_machine_holds_its_part_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
