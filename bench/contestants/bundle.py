@@ -9,19 +9,19 @@ from bench.contestants import Job, Loaded
 
 def prepare(_job: Job) -> None:
     """Import everything that a load needs."""
+    import tensorserve.checked_load
     import tensorserve.loading
-    import tensorserve.preflight
-    import tensorserve.verification  # noqa: F401
+    import tensorserve.preflight  # noqa: F401
 
 
 def load(job: Job) -> Loaded:
     """All tensors of the bundle at `job.uri`. Option `verify`: as TENSORSERVE_VERIFY."""
+    from tensorserve.checked_load import checked_as
     from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
     from tensorserve.opening import access_for, key_for, open_tensors
     from tensorserve.plan import make_plan
     from tensorserve.preflight import Weights, check_weights
     from tensorserve.settings import Settings
-    from tensorserve.verification import checked_as
 
     began = time.perf_counter()
     environment = {"TENSORSERVE_MODEL_URI": job.uri, "TENSORSERVE_VERIFY": job.options["verify"]}

@@ -1,22 +1,15 @@
-"""What vouches for a .tensors file, and what is therefore checked as its tensors come?
+"""What vouches for a .tensors file, and what is therefore to be checked as its tensors come?
 
 The one place that decides it, for every way into vLLM. What each is worth: docs/threat-model.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from tensorserve.errors import ConfigurationError, CorruptError
-from tensorserve.format import FileIndex, TensorRecord
 from tensorserve.manifest import Manifest
-
-if TYPE_CHECKING:
-    # One imports torch, the other this module.
-    from tensorserve.loading import LoadOptions
-    from tensorserve.start import Shard
 
 # What TENSORSERVE_VERIFY may be.
 AUTO, HASHES, MANIFEST_ONLY, TAGS_ONLY = WISHES = ("auto", "hashes", "manifest", "tags")
@@ -84,47 +77,3 @@ def _refuse_unvouched(manifest: Manifest | None, name: str, *, encrypted: bool) 
         f"{said}. It is not encrypted: without a key only a pin can.",
         hint="Set TENSORSERVE_MANIFEST_SHA256 to what `tensorserve pack` or `verify` prints.",
     )
-
-
-def checked_as(
-    options: LoadOptions,
-    shard: Shard,
-    index: FileIndex,
-    records: Sequence[TensorRecord],
-    source_name: str,
-) -> LoadOptions:
-    """`options` for a load of `records` that compares all that the checks found of `shard`.
-
-    Raises CorruptError if `index`, read by the loader, is not the one that was checked.
-    """
-    check_same_index(shard, index, source_name)
-    digests: dict[int, bytes] = {}
-    if shard.digests is not None:
-        every = bytes.fromhex(shard.digests)
-        digests = {
-            r.header_offset: every[32 * n : 32 * n + 32] for n, r in enumerate(index.tensors)
-        }
-    return replace(
-        options,
-        verify_hashes=shard.check_digests,
-        digests=digests,
-        headers_sha256=shard.headers_sha256,
-        left_out=left_out(index, records),
-    )
-
-
-def check_same_index(shard: Shard, index: FileIndex, source_name: str) -> None:
-    """Raises CorruptError if `index` is not the one that was checked: before anything is decided
-    by it, for a server may answer each opening otherwise.
-    """
-    if shard.index_sha256 not in {None, index.digest}:
-        raise CorruptError(
-            f"The index of {source_name} is not the one that this start checked.",
-            hint="Start again; upload models under a new name instead of over an old one.",
-        )
-
-
-def left_out(index: FileIndex, records: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
-    """The tensors of the file that are not among `records`."""
-    taken = {record.header_offset for record in records}
-    return tuple(record for record in index.tensors if record.header_offset not in taken)

@@ -30,6 +30,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from tensorserve.checked_load import check_same_index, checked_as
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.fingerprint import Fingerprint, check_fingerprint
 from tensorserve.format import TensorRecord
@@ -50,7 +51,6 @@ from tensorserve.sources import Source
 from tensorserve.standalone import handed_over_start, own_start, settings_environment
 from tensorserve.start import Start
 from tensorserve.telemetry import EventLog, events_path
-from tensorserve.verification import check_same_index, checked_as
 from tensorserve.vllm_fingerprint import engine_fingerprint
 from tensorserve.vllm_model import (
     copy_in_place,

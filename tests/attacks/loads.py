@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from tensorserve.checked_load import checked_as
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.opening import access_for, key_for, open_tensors
 from tensorserve.plan import make_plan
 from tensorserve.preflight import Weights, check_weights
 from tensorserve.settings import Settings
-from tensorserve.verification import checked_as
 
 
 def load(environ: dict[str, str], rank: int = 0) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from gpu_files import KEY, MIB
 from tensorizer import DecryptionParams, TensorDeserializer
 
+from tensorserve.checked_load import checked_as
 from tensorserve.format import FileIndex, TensorRecord, read_index
 from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
@@ -20,7 +21,6 @@ from tensorserve.loading.reference import ReferenceStream
 from tensorserve.loading.staging import Staging
 from tensorserve.sources.local import LocalSource
 from tensorserve.start import Shard
-from tensorserve.verification import checked_as
 
 RING = 64 * MIB
 LOADERS = ("auto", "reference")

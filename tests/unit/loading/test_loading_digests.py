@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tensorserve.checked_load import checked_as
 from tensorserve.errors import CorruptError
 from tensorserve.keys import parse_key
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
@@ -20,7 +21,6 @@ from tensorserve.secret import Secret
 from tensorserve.settings import Settings
 from tensorserve.sources import Access
 from tensorserve.start import Shard
-from tensorserve.verification import checked_as
 
 SECRET = Secret(bytes(range(32)), "the test")
 TENSORS = {
