@@ -84,8 +84,8 @@ def large() -> Tensors:
 
 
 def equal_ones() -> Tensors:
-    """Forty of 4 MiB: memory of one is used again for another."""
-    return {f"t{number}": noise(4 * MIB, number) for number in range(40)}
+    """Twenty-four of 4 MiB: memory of one is used again for another."""
+    return {f"t{number}": noise(4 * MIB, number) for number in range(24)}
 
 
 CONTENTS: dict[str, Callable[[], Tensors]] = {
