@@ -534,8 +534,8 @@ def _check_largest(
             f"Each rank holds the largest tensor, {largest / 1e9:.2f} GB, in host memory as a "
             f"whole, {why}: the load takes {needed / 1e9:.2f} GB for {ranks.here} rank(s) on this "
             f"machine, and {available / 1e9:.2f} GB are available.",
-            hint="Give the container more memory, or run fewer ranks on the machine. With a lower "
-            "TENSORSERVE_HOST_MEMORY_LIMIT half of the difference is left for it.",
+            hint="Give the container more memory, run fewer ranks on the machine, or set "
+            "TENSORSERVE_HOST_MEMORY_LIMIT lower: half of it counts here.",
         )
 
 
