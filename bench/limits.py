@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 from bench import places, results, table
-from bench.model import Model, ensure_model, parse_size
+from bench.arguments import model_arguments
+from bench.model import Model, ensure_model
 from bench.one_run import run_alone
 from bench.place import Place
 from bench.running import Contestant, Sample, load
@@ -37,11 +38,7 @@ _Row = tuple[str, ...]
 
 def main() -> int:
     """Measure, print the tables, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="1.5GB", type=parse_size)
-    parser.add_argument("--repetitions", default=3, type=int)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = model_arguments(__doc__, repetitions=3).parse_args()
     return run_alone(lambda: run(options))
 
 

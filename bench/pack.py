@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import results, table
+from bench.arguments import model_arguments
 from bench.contestants import Job
 from bench.directories import CACHE, ROOT
-from bench.model import Model, ensure_model, parse_size
+from bench.model import Model, ensure_model
 from bench.one_run import run_alone
 from bench.page_cache import warm
 from bench.place import clean_environment
@@ -68,14 +69,11 @@ class Target:
 
 def main() -> int:
     """Measure, print the tables, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="1.5GB", type=parse_size)
-    parser.add_argument("--repetitions", default=5, type=int)
+    parser = model_arguments(__doc__, repetitions=5)
     parser.add_argument("--cases", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument(
         "--directory", type=Path, default=CACHE / "packed", help="on the disk to write to"
     )
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     return run_alone(lambda: run(options))
 

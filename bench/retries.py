@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from bench import results, table
+from bench.arguments import model_arguments
 from bench.contestants import Job
-from bench.model import Model, ensure_model, parse_size
+from bench.model import Model, ensure_model
 from bench.one_run import run_alone
 from bench.running import MismatchError, Sample, measure
 
@@ -67,11 +68,8 @@ class KillingServer(RangeServer):  # type: ignore[misc] # outside of what mypy r
 
 def main() -> int:
     """Measure, print the table, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="1.5GB", type=parse_size)
-    parser.add_argument("--repetitions", default=3, type=int)
+    parser = model_arguments(__doc__, repetitions=3)
     parser.add_argument("--rate", default=_RATE, type=float, help="bytes a second, all together")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     return run_alone(lambda: run(options))
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results, table, writers
+from bench.arguments import model_arguments
 from bench.contestants import Job
 from bench.directories import CACHE
-from bench.model import Model, ensure_model, parse_size
+from bench.model import Model, ensure_model
 from bench.one_run import run_alone
 from bench.running import MismatchError, Sample, measure
 from bench.writers import WriteJob
@@ -51,11 +52,8 @@ WAYS = (
 
 def main() -> int:
     """Measure, print the table, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="1.5GB", type=parse_size)
-    parser.add_argument("--repetitions", default=5, type=int)
+    parser = model_arguments(__doc__, repetitions=5)
     parser.add_argument("--rate", default=_RATE, type=float, help="bytes a second, all together")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     return run_alone(lambda: run(options))
 

@@ -73,11 +73,11 @@ def artifact_names(
         and (remote_code or not name.endswith(".py"))
     }
     if sealed:
-        refuse_unvouched_code(names, manifest)
+        _refuse_unvouched_code(names, manifest)
     return names
 
 
-def refuse_unvouched_code(names: Iterable[str], manifest: Manifest | None) -> None:
+def _refuse_unvouched_code(names: Iterable[str], manifest: Manifest | None) -> None:
     """Raises CorruptError if there is code among `names` and no authenticated manifest.
 
     Code runs as the engine, which holds the key and the open weights.

@@ -18,6 +18,7 @@ FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 MADV_POPULATE_WRITE = 23  # Linux 5.14, linux/mman.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 PR_SET_DUMPABLE, PR_GET_DUMPABLE, PR_SET_PDEATHSIG = 4, 3, 1  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36
 _PAGE = mmap.PAGESIZE
 
 
@@ -58,9 +59,7 @@ def hide_memory() -> None:
     Nor opens its /proc/<pid>/fd: not for a process whose memory others take over (handoff.py). The
     kernel takes it back at exec. pidfd_getfd, process_vm_readv and debuggers end here as well.
     """
-    if _libc().prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+    _prctl(PR_SET_DUMPABLE, 0)
 
 
 def end_with_parent() -> None:
@@ -68,7 +67,20 @@ def end_with_parent() -> None:
 
     So it is for children that a main thread makes. A parent that is gone already is not noticed.
     """
-    if _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """What a child leaves behind when it ends becomes this process's child, not process 1's.
+
+    Where the kernel refuses, it is process 1's, which in a container often is this one.
+    """
+    with suppress(OSError):
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc().prctl(option, value, 0, 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 

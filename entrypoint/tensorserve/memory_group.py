@@ -18,9 +18,8 @@ class MemoryGroup:
 
     limit: int | None = None  # bytes
     used: int | None = None  # bytes
-    idle: int | None = (
-        None  # bytes of them that are files' pages, which the kernel takes back first
-    )
+    idle: int | None = None
+    """Bytes of them that are files' pages, which the kernel takes back first."""
     peak: int | None = None  # bytes, the most that were in use; needs Linux 5.19 in version 2
     kills: int | None = None
     """Processes that the kernel has ended for lack of memory, here and below, ever."""

@@ -5,7 +5,6 @@ supervisord exits 0 even when its program failed, and leaves orphans alone; this
 
 from __future__ import annotations
 
-import ctypes
 import os
 import selectors
 import signal
@@ -26,13 +25,13 @@ from tensorserve.errors import (
     SourceUnavailableError,
     UsageError,
 )
+from tensorserve.linux import adopt_orphans
 from tensorserve.plan import make_plan
 from tensorserve.preflight import check_port, prepare_state_dir
 from tensorserve.settings import HANDOFF_VARIABLE, Settings
 from tensorserve.start import publish_start, receive_start
 from tensorserve.telemetry import EventLog, Follower, ProgressView, StartState, events_path, new_log
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Trying again does not mend these.
 FINAL_CODES = frozenset(
     error.exit_code
@@ -55,7 +54,7 @@ def up(environ: Mapping[str, str], arguments: tuple[str, ...]) -> int:
     plan = make_plan(settings, arguments)
     prepare_state_dir(settings.state_dir)
     check_port("metrics", settings.metrics_host, settings.metrics_port)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     reference = publish_start(environ, settings, arguments)
     log = new_log(settings.state_dir)
     signals = _Signals()
