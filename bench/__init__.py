@@ -1,1 +1,1 @@
-"""What backs every speed claim: scripts that measure this loader beside others, in the same run."""
+"""How fast is this loader? Scripts that measure it and others in the same run."""

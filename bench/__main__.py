@@ -1,4 +1,4 @@
-"""Loads of one model, by this loader and by others, in the same run: `python -m bench`."""
+"""How fast is one model loaded by this loader and by others, in one run? `python -m bench`."""
 
 from __future__ import annotations
 

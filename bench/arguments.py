@@ -1,4 +1,4 @@
-"""What each bench that loads or writes the model takes on its command line."""
+"""Which command-line options do all benches that load or write the model have?"""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from bench.model import parse_size
 
 
 def model_arguments(description: str, *, repetitions: int) -> argparse.ArgumentParser:
-    """A parser with `--size` of the model, `--repetitions` (how many, unless said), `--output`.
+    """A parser with `--size` (of the model), `--repetitions` (with its default) and `--output`.
 
-    `description`: a module's docstring, of which the first line is shown.
+    `description`: a module's docstring; its first line is shown.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--size", default="1.5GB", type=parse_size)

@@ -1,4 +1,4 @@
-"""A command of a start, run in a new container of an image instead of in this environment."""
+"""How is the command of a start run in a new container of an image?"""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from containers import LOCAL  # isort: skip
 def in_container(
     image: str, words: list[str], environment: Mapping[str, str], visible: Iterable[Path]
 ) -> tuple[list[str], dict[str, str]]:
-    """(words, environment) that run `words` in a new container, which ends with them.
+    """(command, environment) that run `words` in a new container, which ends with the command.
 
-    It has this machine's network, and sees `visible` at their own paths; nothing is cached in it.
-    Raises RuntimeError where neither podman nor docker is installed.
+    The container uses this machine's network and has `visible` mounted at their own paths; no cache
+    is kept. Raises RuntimeError if neither podman nor docker is installed.
     """
     engine = next((name for name in ("podman", "docker") if shutil.which(name)), None)
     if engine is None:

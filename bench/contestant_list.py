@@ -1,4 +1,4 @@
-"""The lines of the table: who, with which settings, compared with whom."""
+"""Which contestants are in the table, with which settings and compared with which base?"""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from bench.running import Contestant
 
 _LOCAL = ("file-warm", "file-cold")
 _S3 = ("s3", "s3-like")
-# The likeliest first: what takes much longer than the best so far is given up.
+# The likeliest best first: a trial that takes much longer than the best so far is stopped.
 _READERS = ("readers", (8, 4, 16, 2, 32, 1))
 _CONCURRENCY = ("concurrency", (16, 8, 32, 64))
 _CONNECTIONS = ("connections", (16, 32, 8, 64, 4, 2))
 
-# Plain and encrypted loads have a base each; a safetensors file is a plain one.
+# The bases of encrypted and of plain loads; a safetensors file is a plain load.
 _SEALED, _OPEN = "tensorizer-encrypted", "tensorizer-plain"
 
 CONTESTANTS = (
@@ -27,7 +27,8 @@ CONTESTANTS = (
         sweep=_READERS,
         base=_SEALED,
     ),
-    # tensorizer's reader over our sources: what is between it and the line above is the transport.
+    # tensorizer's reader with this package's sources: it differs from the line above in the
+    # transport only.
     Contestant(
         "reference-encrypted",
         "TENSORSERVE_LOADER=reference, encrypted",
@@ -97,7 +98,7 @@ CONTESTANTS = (
         base=_SEALED,
         moves_only=True,
     ),
-    # With 16 connections of 10 MB/s each, the link is the limit and the cores have time to spare.
+    # With 16 connections of 10 MB/s each, the link is the limit, not the processor.
     Contestant(
         "ours-16",
         "this loader, encrypted, 16 connections",

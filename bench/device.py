@@ -1,4 +1,4 @@
-"""Which GPU is it, with which driver, how is it attached, and which processors are near it?"""
+"""Which GPU, driver and bus is this, and which processors are on the GPU's NUMA node?"""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _driver_cuda() -> str | None:
 
 
 def _link(device: str) -> dict[str, Any]:
-    """PCIe generation and lanes, NUMA node; what NVML does not say (MIG, sandboxes) is left out."""
+    """PCIe generation and lanes, NUMA node; without values that NVML lacks (MIG, sandboxes)."""
     import torch
 
     found: dict[str, Any] = {}
@@ -102,5 +102,5 @@ def _link(device: str) -> dict[str, Any]:
 
 
 def _text(said: str | bytes) -> str:
-    """NVML's bindings gave bytes once."""
+    """Older bindings of NVML return bytes."""
     return said.decode() if isinstance(said, bytes) else said

@@ -1,4 +1,4 @@
-"""One digest over a set of tensors, so that contestants can be compared bit for bit."""
+"""How are the tensors of two contestants compared bit for bit? By one digest over all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], device: str | None = None) -> str:
-    """As `digest`, computed where the tensors are, or on `device`.
+    """A digest that is computed on the tensors' own device, or on `device`.
 
     A sum (mod 2^64) of their 32-bit words, each times an odd number of its own, so that a changed
     or moved word shows. Not cryptographic.

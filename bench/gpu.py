@@ -28,9 +28,9 @@ from bench.running import START_SECONDS, Contestant, Line, MismatchError, load, 
 _COPIES = 4.0
 _RING = 128 * 1024**2  # the engine's, where host memory allows
 _READERS = (8, 4, 16, 2, 1)
-# The part of the time for the trials of settings.
+# The share of the time for trials of settings.
 _TRIALS = 0.4
-# A setting that takes this much longer than the best so far is given up.
+# A trial that takes this many times longer than the best so far is stopped.
 _HOPELESS = 1.5
 # For the table, and for the end of the last load.
 _SPARE_SECONDS = 10.0
@@ -38,7 +38,7 @@ _SEALED, _OPEN = "tensorizer-encrypted", "tensorizer-plain"
 
 
 def main() -> int:
-    """Measure, print the table, write the result; 69 where there is no GPU."""
+    """Measures, prints the table, writes the result; returns 69 without a GPU."""
     parser = options_parser(__doc__)
     parser.add_argument("--repetitions", default=5, type=int, help="at most (5)")
     parser.add_argument("--contestants", type=lambda text: text.split(","), help="only these")
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def options_parser(doc: str | None) -> argparse.ArgumentParser:
-    """What all benches of a GPU can be told."""
+    """A parser with the options of all GPU benches."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--size", default="4GB", type=parse_size, help="of the model (4GB)")
     parser.add_argument("--minutes", default=8.0, type=float, help="the whole run, at most (8)")
@@ -59,7 +59,7 @@ def options_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def run_on_device(options: argparse.Namespace, run: Callable[[Model, Place, float], int]) -> int:
-    """`run(model, place, until when)`'s code; 69 where there is no GPU, 75 without room."""
+    """The exit code of `run(model, place, end time)`; 69 without a GPU, 75 without enough space."""
     until = time.monotonic() + 60 * options.minutes - _SPARE_SECONDS
     if options.device != "cpu":
         import torch
@@ -89,7 +89,7 @@ def run_on_device(options: argparse.Namespace, run: Callable[[Model, Place, floa
 
 
 def run(options: argparse.Namespace, model: Model, place: Place, until: float) -> int:
-    """All contestants in turns; 1 if one of them failed. What is measured is written each round."""
+    """Runs all contestants in turns; 1 if one failed. The result is written after each round."""
     content = describe(options, model, place)
     path = result_path("gpu", options)
     lines, failed = [], []
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, model: Model, place: Place, until: float) -
             print(f"  no time for repetition {repetition + 1}", flush=True)
             break
         began = time.monotonic()
-        # Each in another order, so that nobody is always the one after the same neighbour.
+        # Another order in each round, so that no contestant always follows the same one.
         turn = repetition % len(lines) if lines else 0
         for line in [*lines[turn:], *lines[:turn]]:
             try:
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, model: Model, place: Place, until: float) -
 
 
 def describe(options: argparse.Namespace, model: Model, place: Place) -> dict[str, Any]:
-    """What stands in the result of any bench of a GPU, beside its figures."""
+    """The parts of a result that all GPU benches have, besides the figures."""
     return {
         "machine": results.machine() | {"gpu": device_facts(options.device)},
         "arguments": results.arguments(options),
@@ -146,7 +146,7 @@ def describe(options: argparse.Namespace, model: Model, place: Place) -> dict[st
 
 
 def result_path(kind: str, options: argparse.Namespace) -> Path:
-    """Where the result goes: known at first, written again with each round."""
+    """The path of the result, chosen at the start and written again after each round."""
     return options.output or results.fresh_path(kind)
 
 
@@ -235,7 +235,7 @@ def _contestants(device: str) -> list[Contestant]:
 
 
 def _directory(options: argparse.Namespace) -> Path | None:
-    """The first that has room, and what a model was made in before."""
+    """The first directory with enough space, preferably one that has the model already."""
     named = [options.directory] if options.directory else [Path("/dev/shm"), Path("/tmp")]
     for directory in named:
         below = directory / "tensorserve-bench"
@@ -261,7 +261,8 @@ def _model(options: argparse.Namespace, directory: Path) -> Iterator[tuple[Model
 
 
 def _file_system(path: Path) -> str:
-    """As mount(8) calls it; of what is not a tmpfs the page cache is read."""
+    """The type of the file system, as mount(8) names it. Unless it is tmpfs, the page cache is
+    measured."""
     best, kind = "", "unknown"
     for line in Path("/proc/mounts").read_text().splitlines():
         _, at, found, *_ = line.split()

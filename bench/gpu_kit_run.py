@@ -28,7 +28,7 @@ KIT = Path(__file__).resolve().parent
 LOOK = """
 import json, platform, sys
 import torch, tensorizer
-import tensorserve.loading.pipeline, tensorserve.packing
+import tensorserve.loading.stream, tensorserve.packing.pack
 from bench.device import device_facts
 from bench.results import versions
 device = sys.argv[1]
@@ -41,7 +41,7 @@ _PATIENCE = 10.0
 
 
 def main() -> int:
-    """The code of what was run: 0 where all is well; 124 where it took too long."""
+    """The exit code of the command that was run: 0 for success, 124 for a timeout."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("tests", "bench", "sweep"))
     parser.add_argument("--device", default="cuda")
@@ -128,7 +128,7 @@ def surroundings(target: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "LD_LIBRARY_PATH": os.pathsep.join(libraries),
         "PYTHONUNBUFFERED": "1",
-        # That machine's own plugins are none of ours, and may not fit our pytest.
+        # The machine's own pytest plugins may not fit this pytest.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
 
@@ -148,7 +148,7 @@ def command(options: argparse.Namespace, result: Path, minutes: float) -> list[s
     """What is run, in the kit's folder."""
     python = [sys.executable, "-m"]
     if options.what == "tests":
-        tests = options.more or ["tests/gpu", "tests/unit/loading/test_loading_staging.py"]
+        tests = options.more or ["tests/gpu", "tests/unit/loading/test_loading_gpu_staging.py"]
         return [
             *python,
             *("pytest", "--quiet", "-p", "pytest_timeout", "--timeout", "120"),

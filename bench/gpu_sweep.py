@@ -135,7 +135,7 @@ class Sweep:
         return made
 
     def step(self, worker: Worker, name: str, **options: Any) -> float:
-        """Bytes a second of a step alone; 0 where it failed."""
+        """Bytes per second of a step alone; 0 if it failed."""
         job = {"step": name, "device": self._device, "threads": 1, **options}
         job["uri"] = self._place.uris["plain"]
         worker.send(job)
@@ -181,7 +181,7 @@ class Sweep:
 
 
 def main() -> int:
-    """Measure, print the tables, write the result; 69 where there is no GPU."""
+    """Measures, prints the tables, writes the result; returns 69 without a GPU."""
     parser = options_parser(__doc__)
     parser.add_argument("--repetitions", default=3, type=int, help="of each setting (3)")
     parser.add_argument(

@@ -71,7 +71,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
 
 def _opening(_: dict[str, Any]) -> Callable[[], int]:
     """Decrypt and authenticate a chunk that is in the cache."""
-    from tensorserve.format.crypto import open_chunk, seal_chunk
+    from tensorserve.crypto.secretbox import open_chunk, seal_chunk
 
     key, nonce = bytes(32), bytes(24)
     plain, sealed, out = (memoryview(bytearray(_CHUNK)) for _ in range(3))
@@ -86,7 +86,7 @@ def _opening(_: dict[str, Any]) -> Callable[[], int]:
 
 
 def _reading(job: dict[str, Any]) -> Callable[[], int]:
-    """Out of the file, each time from elsewhere, into memory that is in the cache."""
+    """Reads from changing offsets of the file into memory that is in the processor's cache."""
     path = Path(job["uri"])
     size = path.stat().st_size // _CHUNK * _CHUNK
     start = int.from_bytes(os.urandom(4), "little") * _CHUNK
@@ -153,7 +153,7 @@ def main() -> None:
         job = json.loads(line)
         try:
             found = step(job) if "step" in job else load(job)
-        # Whatever it was: the one who measures notes it and goes on.
+        # Any failure: the measuring process records it and continues.
         except Exception as error:  # noqa: BLE001
             found = {"error": f"{type(error).__name__}: {error}"}
         answer.write(json.dumps(found) + "\n")

@@ -1,4 +1,4 @@
-"""What a load cannot do without, step by step: why it is not faster than it is.
+"""What limits the speed of a load: how fast is each necessary step alone?
 
     python -m bench.limits
 
@@ -25,13 +25,13 @@ from bench.one_run import run_alone
 from bench.place import Place
 from bench.running import Contestant, Sample, load
 from bench.usage import cpu_seconds_of, descendants
-from tensorserve.format.crypto import open_chunk, seal_chunk
+from tensorserve.crypto.secretbox import open_chunk, seal_chunk
 from tensorserve.linux import populate
 
 _CHUNK = 2 * 1024**2
-# Long enough for the clock, short enough that it can be done a few times.
+# Long enough for the clock's resolution, short enough for some repetitions.
 _STEP_BYTES = 1024**3
-# As torch's memory is; shared memory, mmap's default, has dearer page faults.
+# As torch allocates memory. Page faults of shared memory, mmap's default, are slower.
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _Row = tuple[str, ...]
 

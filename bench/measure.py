@@ -16,12 +16,12 @@ from bench.usage import Usage
 def measure(job: Job) -> dict[str, Any]:
     """Load once. Imports are not timed; opening the source and reading the index are."""
     contestant = importlib.import_module(f"bench.contestants.{job.contestant}")
-    import torch  # everyone hands out torch's tensors
+    import torch  # every contestant returns torch tensors
 
     contestant.prepare(job)
     device = job.options.get("device", "cpu")
     if device != "cpu":
-        torch.zeros(1, device=device)  # makes the context: a second that is nobody's
+        torch.zeros(1, device=device)  # creates the CUDA context, which is not measured
     synchronize(device)
     gc.collect()
     with Usage() as usage:
@@ -46,13 +46,13 @@ def measure(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the job on stdin."""
-    # What libraries print goes to stderr: stdout is for the result.
+    # Output of libraries goes to stderr: stdout has the result.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     found = measure(Job(**json.load(sys.stdin)))
     answer.write(json.dumps(found) + "\n")
     answer.flush()
-    # Threads and children of a contestant must not hold up the next one.
+    # Threads and children of a contestant must not delay the next one.
     os._exit(0)
 
 

@@ -20,21 +20,21 @@ from safetensors.torch import save_file
 
 from bench.digest import checksum, data_bytes, digest
 from bench.directories import CACHE
-from tensorserve.packing import pack
-from tensorserve.packing_key import prepare_key
+from tensorserve.packing.key_file import prepare_key
+from tensorserve.packing.pack import pack
 from tensorserve.sources import Access
 
 VOCABULARY = 49152  # SmolLM2's
 HEAD = 64
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-# Files of these are made anew when what is written changes.
+# Files of an older version are written again.
 LAYOUT = 1
 _BARE_LAYOUT = 2
 
 
 @dataclass(frozen=True)
 class Model:
-    """Where the files are, and what a right load gives."""
+    """The model's files, and the digest of a correct load."""
 
     directory: Path
     digest: str
@@ -168,7 +168,7 @@ def _make(target: Path, size: int, *, bare: bool, device: str) -> None:
     pack(made.hugging_face, str(made.files["plain"].parent), access=Access())
     if bare:
         made.files["safetensors"].unlink()
-    # Last: it says that all the rest is there.
+    # Written last: it shows that the other files are complete.
     (target / "model.json").write_text(json.dumps(known))
 
 

@@ -30,7 +30,7 @@ def run_alone(run: Callable[[], int]) -> int:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    # Two runs would disturb each other's figures, and their S3 servers share one directory.
+    # Two runs would distort each other's figures, and their S3 servers share one directory.
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         try:

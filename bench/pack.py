@@ -48,7 +48,7 @@ _LONGEST_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class Target:
-    """Where is written to."""
+    """The destination of the writes."""
 
     name: str
     title: str
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def open_target(name: str, directory: Path, model: Model) -> Iterator[Target]:
-    """Somewhere to write to; what was written and started is gone at the end."""
+    """A destination to write to. At the end, written files are removed and servers stopped."""
     if name == "disk":
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,7 +115,7 @@ def open_target(name: str, directory: Path, model: Model) -> Iterator[Target]:
         server.make_bucket(BUCKET)
         title = "to S3 on loopback (SeaweedFS)"
         target = Target(name, title, f"s3://{BUCKET}/packed", server.environment)
-        # The server makes its volumes at the first write: nobody's time.
+        # The server creates its volumes at the first write, which is not measured.
         write(WriteJob("copy", str(model.hugging_face), target.clear("first")), server.environment)
         target.clear("first")
         yield target
@@ -146,7 +146,7 @@ def run_kind(target: Target, kind: str, model: Model, repetitions: int) -> dict[
 
 
 def write(job: WriteJob, environment: Mapping[str, str]) -> Sample:
-    """One write in a fresh process. Raises RuntimeError with what it printed if it failed."""
+    """One write in a new process. Raises RuntimeError with its output if it failed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.writers"],
         cwd=ROOT,
@@ -167,7 +167,7 @@ def write(job: WriteJob, environment: Mapping[str, str]) -> Sample:
 
 
 def check(job: WriteJob, kind: str, target: Target, model: Model) -> None:
-    """What was written, read by this loader, is the model."""
+    """Checks that this loader reads the model from the written file."""
     read = Job("ours", f"{job.destination}/model.tensors", kind, job.key_file)
     sample = measure(read, dict(target.environment))
     assert sample is not None

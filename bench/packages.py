@@ -1,4 +1,4 @@
-"""Packages that only the bench needs: installed on demand, apart from what serves."""
+"""How are packages installed that only the bench needs, outside the serving environment?"""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def resident_share(path: Path) -> float:
 
 
 def _address(view: mmap.mmap) -> int:
-    # A read-only mapping has no writable buffer, which ctypes would want; numpy takes it.
+    # ctypes needs a writable buffer, which a read-only mapping is not; numpy accepts it.
     import numpy
 
     return int(numpy.frombuffer(view, dtype=numpy.uint8).ctypes.data)

@@ -1,4 +1,4 @@
-"""A case that is ready to be loaded from, and the environment of who loads."""
+"""What is a place: a case that is ready for loads, with the loading process's environment?"""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Place:
     """{kind: URI}"""
     environment: Mapping[str, str] = field(default_factory=dict)
     before: Callable[[str], str | None] = lambda _: None
-    """Called with the kind before each load; says what went wrong, if anything."""
+    """Called with the kind before each load; returns a problem, or None."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was found out about it, for the result."""
+    """Measured properties of the place, for the result."""
 
 
 def clean_environment() -> dict[str, str]:

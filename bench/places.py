@@ -1,4 +1,4 @@
-"""The cases: from where the same file is loaded, and what is done before each load."""
+"""From which places is the same file loaded, and what is prepared before each load?"""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ RATE = 10 * 1024**2  # bytes a second for a connection
 DELAY = 0.02  # seconds
 NAMES = ("file-warm", "file-cold", "http", "https", "s3", "s3-like")
 _VOLUMES_SECONDS = 20.0
-# A file that was to be dropped and of which more than this is still there was not cold.
+# If more than this of a file is still cached after it was dropped, the load was not cold.
 _COLD_SHARE = 0.02
 
 
 @contextmanager
 def open_place(name: str, model: Model, *, rate: int, delay: float) -> Iterator[Place]:
-    """The case `name`; what it started is stopped at the end. `rate` and `delay` are s3-like's."""
+    """The case `name`; its servers are stopped at the end. `rate` and `delay` are for s3-like."""
     if name in {"file-warm", "file-cold"}:
         yield _local(name, model)
     elif name in {"http", "https"}:
@@ -64,7 +64,7 @@ def open_place(name: str, model: Model, *, rate: int, delay: float) -> Iterator[
 
 @contextmanager
 def _web_server(model: Model, scheme: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(its URL, what lets a client trust it)."""
+    """(the server's URL, the environment with which a client trusts its certificate)."""
     if scheme == "http":
         with file_server(model.directory) as server:
             yield server.url, {}
@@ -101,7 +101,7 @@ def s3_client(environment: Mapping[str, str]) -> Any:
 
 
 def link_facts(environment: Mapping[str, str], key: str, rate: int) -> dict[str, float]:
-    """What one and what eight connections get, in bytes a second each, and the first byte's wait.
+    """Bytes per second of one and of eight connections, and the time to the first byte.
 
     Raises RuntimeError if that is not what was asked for: the case would measure something else.
     """
@@ -121,7 +121,7 @@ def link_facts(environment: Mapping[str, str], key: str, rate: int) -> dict[str,
                 pass
         return first, (count - number) / (perf_counter() - started)
 
-    ask(0)  # the server's own cold start
+    ask(0)  # warms up the server
     wait, alone = ask(0)
     with ThreadPoolExecutor(8) as pool:
         together = sum(got for _, got in pool.map(ask, range(8))) / 8
@@ -153,7 +153,7 @@ def _object(model: Model, kind: str) -> str:
 
 
 def _upload(server: S3Server, file: Path, key: str) -> None:
-    # What is there must be this file, not one of an earlier run with another key.
+    # The object must be this file, not one of an earlier run with another key.
     info = file.stat()
     mark = json.dumps([key, info.st_size, info.st_mtime_ns])
     done = CACHE / "s3" / "uploaded" / key.replace("/", "_")

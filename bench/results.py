@@ -20,17 +20,17 @@ from typing import Any
 from bench.directories import RESULTS, ROOT
 from bench.packages import LOCK
 from bench.running import Line, shown_option
-from tensorserve.format.box import fastest_box
+from tensorserve.crypto.backends import fastest_box
 
 
 def arguments(options: argparse.Namespace) -> dict[str, str]:
-    """What was asked for; not where on this machine it was written."""
+    """The arguments of the run, without paths of this machine."""
     return {n: str(v) for n, v in vars(options).items() if not isinstance(v, Path)}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A line's numbers: medians, with (least, most) where there is a spread."""
+    """A line's numbers: medians, with (minimum, maximum) if they differ."""
 
     ratio: tuple[float, float, float] | None
     """Seconds of the base divided by these, of the same repetition: median, least, most."""
@@ -38,7 +38,7 @@ class Figures:
     bytes_per_second: float
     cpu_seconds_per_gb: float
     extra_memory: float
-    """Bytes of host memory at the peak beyond the tensors, where these are in it."""
+    """Peak bytes of host memory, without the tensors if they are in host memory."""
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -91,7 +91,7 @@ def figures(line: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Figu
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     return {
@@ -117,11 +117,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """What was measured: from git, else from the file that the GPU kit (gpu-kit) brings."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def commit(root: Path = ROOT) -> str:
+    """The measured commit: from git, or from the file in the GPU kit (gpu-kit)."""
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     with suppress(FileNotFoundError):
-        return (ROOT / "COMMIT").read_text().strip()
+        return (root / "COMMIT").read_text().strip()
     with suppress(FileNotFoundError):
         described = subprocess.run(words, capture_output=True, text=True, check=False)
         return described.stdout.strip() or "unknown"
@@ -129,7 +129,7 @@ def commit() -> str:
 
 
 def fresh_path(kind: str) -> Path:
-    """Where a run's JSON goes that is written now."""
+    """The path for the JSON of a run that is written now."""
     return RESULTS / f"{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
 
 

@@ -1,4 +1,4 @@
-"""What a bad link costs: a load of which every hundredth request is killed, beside one undisturbed.
+"""What does a bad link cost: a load with every hundredth request killed, beside an undisturbed one?
 
     python -m bench.retries
 
@@ -27,14 +27,14 @@ _RATE = 300e6  # bytes a second; well below what the server itself can do
 
 
 class KillingServer(RangeServer):  # type: ignore[misc] # outside of what mypy reads
-    """Kills that share of all requests: one of each 1/share, which of them is left to chance."""
+    """Kills this share of all requests: a random one of each 1/share requests."""
 
     def __init__(self, directory: Path, share: float, seed: int, rate: float) -> None:
         super().__init__(directory, bytes_per_second=rate)
         self._every = round(1 / share) if share else 0
         self._random = random.Random(seed)
         self._number = 0
-        # Where many connect at once, the default of 5 drops some, who then wait for a second.
+        # The default of 5 drops some of many simultaneous connections, which then wait 1 s.
         self._server.socket.listen(512)
         self._victim = 0
 
@@ -54,7 +54,7 @@ class KillingServer(RangeServer):  # type: ignore[misc] # outside of what mypy r
             if place != self._victim:
                 return None
             self.fired["reset"] += 1
-            # Less than the answer, so that it is broken off for certain.
+            # Less than the response, so that the connection is certainly broken within it.
             return Fault("reset", after=self._random.randrange(self._length(start)))
 
     def _length(self, start: int) -> int:
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """All shares, interleaved; then tensorizer once, to see what it makes of a killed request."""
+    """All shares, interleaved; then one load by tensorizer with a killed request."""
     model = ensure_model(options.size)
     started = results.machine()
     samples: dict[float, list[Sample]] = {share: [] for share in SHARES}
@@ -131,7 +131,7 @@ def _load(model: Model, share: float, seed: int, rate: float) -> Sample:
 
 
 def _peer(model: Model, rate: float) -> str:
-    """What becomes of tensorizer's load when one of its requests is killed."""
+    """The outcome of tensorizer's load when one of its requests is killed."""
     file = model.files["encrypted"]
     with RangeServer(file.parent, bytes_per_second=rate) as server:
         server.faults.append(Fault("reset", after=model.bytes // 4, beyond=0))

@@ -19,7 +19,7 @@ from bench.place import Place, clean_environment
 
 # Time for imports, beside the load itself.
 START_SECONDS = 30.0
-# A setting that takes this much longer than the best so far is given up.
+# A trial that takes this many times longer than the best so far is stopped.
 _HOPELESS = 1.5
 _LONGEST_SECONDS = 1800.0
 
@@ -40,7 +40,7 @@ class Contestant:
     base: str | None = None
     """The contestant whose seconds are divided by this one's."""
     places: tuple[str, ...] | None = None
-    """Where it takes part; None: everywhere."""
+    """The places where it takes part; None: all."""
     moves_only: bool = False
     """It gives no tensors that could be compared."""
 
@@ -74,7 +74,7 @@ def run_place(
             continue
         lines.append(Line(place.name, contestant, _best(place, model, contestant, say)))
     for repetition in range(repetitions):
-        # Each in another order, so that nobody is always the one after the same neighbour.
+        # Another order in each round, so that no contestant always follows the same one.
         turn = repetition % len(lines)
         for line in [*lines[turn:], *lines[:turn]]:
             sample, note = load(place, model, line.contestant, line.option)
@@ -90,7 +90,7 @@ def run_place(
 
 
 def shown_option(option: dict[str, Any]) -> str:
-    """What a sweep chose, for a label."""
+    """The setting that a sweep chose, for a label."""
     return "".join(f", {value} {name}" for name, value in option.items())
 
 
@@ -120,7 +120,7 @@ def load(
     option: dict[str, Any],
     limit: float | None = None,
 ) -> tuple[Sample | None, str | None]:
-    """(figures, what to note); no figures if it took more than `limit` seconds."""
+    """(figures, notes); no figures if the load took more than `limit` seconds."""
     note = place.before(contestant.kind)
     job = Job(
         contestant=contestant.module,
@@ -172,12 +172,12 @@ def measure(job: Job, environment: dict[str, str], limit: float | None = None) -
 
 
 def end_session(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and what it left behind (it was started in a session of its own)."""
+    """Kills a process and its descendants (it was started in its own session)."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     else:
-        # A pause: its last children are reaped by init, and must not run beside the next load.
+        # A pause: init reaps the last children, which must not run beside the next load.
         time.sleep(0.05)
     process.wait()

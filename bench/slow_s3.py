@@ -172,7 +172,7 @@ def file_server(root: Path, certificate: Path | None = None) -> Nginx:
 
 
 def ensure_nginx() -> str:
-    """The program. Installed with apt-get if it is missing and we are root; else exits 78."""
+    """The program's path. Installs it with apt-get as root if it is missing; else exits with 78."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
     program = shutil.which("nginx", path=path)
     if program and _LUA.exists():

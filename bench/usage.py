@@ -1,4 +1,4 @@
-"""What a piece of work cost this process and its children: seconds, CPU seconds, peak memory."""
+"""How many seconds, CPU seconds and bytes did a piece of work take, with child processes?"""
 
 from __future__ import annotations
 

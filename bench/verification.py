@@ -1,4 +1,4 @@
-"""What does it cost to know who packed a model? Loads that compare more than tags, beside one.
+"""What does verification cost: loads that compare digests, beside one that compares only tags?
 
     python -m bench.verification
 
@@ -35,7 +35,7 @@ _RATE = 300e6  # bytes a second; well below what the server itself can do
 
 @dataclass(frozen=True)
 class Way:
-    """One line of the table. `mode` is what vouches (verification.MODES)."""
+    """One line of the table. `mode` is the verification mode (bundle/trust.py, MODES)."""
 
     mode: str
     label: str
@@ -110,9 +110,9 @@ def _rows(samples: dict[str, list[Sample]]) -> list[tuple[str, ...]]:
 @contextmanager
 def _bundles(model: Model) -> Iterator[Path]:
     """A directory with the bundles `unsigned`, as tensorizer writes it, and `signed`."""
-    from tensorserve.keys import parse_key
+    from tensorserve.bundle.keys import parse_key
+    from tensorserve.packing.sign import sign
     from tensorserve.secret import Secret
-    from tensorserve.signing import sign
     from tensorserve.sources import Access
 
     directory = CACHE / "verification"

@@ -1,4 +1,4 @@
-"""Who writes a model: `tensorserve pack`, tensorizer's own writer, a plain copy of the same bytes.
+"""Which writers are compared? `tensorserve pack`, tensorizer's writer, a copy of the same bytes.
 
 Run as a module it does one job in a process of its own: a job on stdin, a line of JSON on stdout.
 """
@@ -34,7 +34,7 @@ class WriteJob:
 
     @property
     def weights(self) -> Path:
-        """The file whose tensors are written."""
+        """The file with the tensors that are written."""
         return Path(self.source) / "model.safetensors"
 
     def to_json(self) -> str:
@@ -44,10 +44,10 @@ class WriteJob:
 
 def pack(job: WriteJob) -> None:
     """`tensorserve pack`, with its manifest and small files. It ends with fsync by itself."""
-    from tensorserve.opening import access_for
-    from tensorserve.packing import pack
-    from tensorserve.packing_key import prepare_key
-    from tensorserve.settings import Settings
+    from tensorserve.config.access import access_for
+    from tensorserve.config.settings import Settings
+    from tensorserve.packing.key_file import prepare_key
+    from tensorserve.packing.pack import pack
 
     environ = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     settings = Settings.from_environment(environ | {"TENSORSERVE_MODEL_URI": job.source})
@@ -83,7 +83,7 @@ def tensorizer(job: WriteJob) -> None:
 
 
 def copy(job: WriteJob) -> None:
-    """The bytes as they are: read and written (no clone of blocks), or boto3's transfer manager."""
+    """Copies the bytes: by reading and writing (no reflinks), or by boto3's transfer manager."""
     if "://" not in job.destination:
         target = Path(job.destination) / "model.safetensors"
         target.parent.mkdir(parents=True)
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 class _Own:
-    """The most memory that the process had beyond what it had at the start, file pages left out.
+    """The peak of the process's memory above that at the start, without file pages.
 
     Mapped files are pages that the kernel can drop at any time; they are resident all the same and
     part of `peak_bytes`. Sampled 50 times a second.
@@ -156,9 +156,14 @@ def _own_bytes() -> int:
 
 
 def _import(job: WriteJob) -> None:
-    names = ["safetensors.torch", "tensorizer", "tensorserve.opening", "tensorserve.packing"]
+    names = [
+        "safetensors.torch",
+        "tensorizer",
+        "tensorserve.bundle.tensors_file",
+        "tensorserve.packing.pack",
+    ]
     if "://" in job.destination:
-        names += ["boto3", "bench.places", "tensorserve.uploading"]
+        names += ["boto3", "bench.places", "tensorserve.packing.s3_upload"]
     for name in names:
         importlib.import_module(name)
 

@@ -76,7 +76,7 @@ def _make_credentials() -> None:
         "aws_access_key_id": "demo-" + secrets.token_hex(8),
         "aws_secret_access_key": secrets.token_hex(20),
     }
-    # Whole or not there: `pack` may look at any moment.
+    # Complete or absent: `pack` may read it at any time.
     half = CREDENTIALS.with_suffix(".part")
     half.touch(mode=0o600)
     with half.open("w") as file:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from s3server import S3Server, free_ports
+from s3server import S3Server, free_ports, signals_held
 from smollm2 import CACHE
 
 BIN = Path(sys.executable).parent
@@ -65,9 +65,10 @@ def run(*, keep_serving: bool) -> int:
             "TENSORSERVE_KEY_FILE": str(key_file),
             "TENSORSERVE_MODEL_NAME": "smollm2",
             "TENSORSERVE_VLLM_MAX_MODEL_LEN": "2048",
-            # Without this, vLLM compiles for half a minute to answer one question faster.
+            # Without this, vLLM compiles for half a minute.
             "TENSORSERVE_VLLM_ENFORCE_EAGER": "true",
-            # The CPU's bfloat16 kernels are too coarse for so small a model: it begins to babble.
+            # The CPU's bfloat16 kernels are too inexact for so small a model, which then writes
+            # nonsense.
             "TENSORSERVE_VLLM_DTYPE": "float32",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "TENSORSERVE_STATE_DIR": str(Path(temporary) / "state"),
@@ -80,7 +81,7 @@ def pack(model: Path, key_file: Path, environment: Mapping[str, str]) -> None:
     words = ["tensorserve", "pack", str(model), BUCKET_URI, "--encrypt"]
     words += ["--key-file", str(key_file), "--overwrite"]
     done = CACHE / "demo" / "packed"
-    # What is in the bucket depends on the model, the key and the code that packs.
+    # The bucket's content depends on the model, the key and the code that packs.
     mark = hashlib.sha256(str(model).encode())
     if key_file.exists():
         mark.update(key_file.read_bytes())
@@ -112,17 +113,18 @@ def serve(
     show(["tensorserve", "up"], settings)
     environment = dict(clean) | settings
     log = directory / "up.log"
-    with log.open("wb") as output:
-        # vLLM's own log goes to a file; progress comes on stderr, to whoever is watching.
-        process = subprocess.Popen(
-            [str(BIN / "tensorserve"), "up"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if keep_serving else subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with log.open("wb") as output, signals_held():
+            # vLLM's log goes to a file; the progress is on stderr.
+            process = subprocess.Popen(
+                [str(BIN / "tensorserve"), "up"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if keep_serving else subprocess.STDOUT,
+                start_new_session=True,
+            )
         watch_start(process, metrics_port, log)
         if keep_serving:
             step(f"Serving on http://127.0.0.1:{port}, metrics on http://127.0.0.1:{metrics_port}")
@@ -138,7 +140,8 @@ def serve(
         print(run_quietly([str(BIN / "tensorserve"), "report"], environment))
         step("Stop everything")
     finally:
-        stop(process)
+        if process is not None:
+            stop(process)
     print("  done; `make serve` keeps it running")
     return 0
 
@@ -152,7 +155,7 @@ def wait_for_the_end(process: subprocess.Popen[bytes]) -> int:
 
 
 def stop_without_parent() -> None:
-    """Raise KeyboardInterrupt where whoever started us has gone."""
+    """Raises KeyboardInterrupt if the parent process has ended."""
     if os.getppid() != PARENT:
         raise KeyboardInterrupt
 
@@ -181,7 +184,7 @@ def watch_start(process: subprocess.Popen[bytes], metrics_port: int, log: Path) 
 
 
 def startup(metrics_port: int) -> dict[str, object] | None:
-    """What /startupz says; None before the exporter is up."""
+    """The content of /startupz; None before the exporter answers."""
     try:
         with open_url(f"http://127.0.0.1:{metrics_port}/startupz") as response:
             return dict(json.load(response))
@@ -245,7 +248,7 @@ def step(text: str) -> None:
 
 
 def show(words: list[str], environment: Mapping[str, str]) -> None:
-    """What a user would type; the S3 server's throw-away credentials are left out."""
+    """The command for a user, without the S3 server's temporary credentials."""
     for name, value in environment.items():
         hidden = "SECRET" in name or "ACCESS_KEY" in name
         print(f"  {DIM}export {name}={'…' if hidden else shlex.quote(value)}{OFF}")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 READY_SECONDS = 60.0
+# Below the kernel's ephemeral ports.
+_PORTS = 12_000
 OPTIONS = (
     "-s3",
     # Small volumes: the first write allocates one.
@@ -65,24 +71,25 @@ class S3Server:
         names = ["s3.port", "master.port", "volume.port", "filer.port"]
         names += [f"{name}.grpc" for name in names]
         options = [f"-{name}={port}" for name, port in zip(names, ports, strict=False)]
-        with (self.directory / "weed.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    str(Path(sys.executable).with_name("weed")),
-                    "server",
-                    f"-dir={self.directory / 'data'}",
-                    "-ip=127.0.0.1",
-                    "-ip.bind=127.0.0.1",
-                    f"-s3.config={identities}",
-                    *OPTIONS,
-                    *options,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        weed = [
+            str(Path(sys.executable).with_name("weed")),
+            "server",
+            f"-dir={self.directory / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-s3.config={identities}",
+            *OPTIONS,
+            *options,
+        ]
         try:
+            with (self.directory / "weed.log").open("wb") as log, signals_held():
+                self._process = subprocess.Popen(
+                    weed,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             self._wait()
         except BaseException:
             self.stop()
@@ -137,6 +144,36 @@ class S3Server:
         raise RuntimeError(f"the S3 server did not start:\n{log}")
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """What asks this program to stop takes effect after the block, not within.
+
+    Ctrl-C within Popen is raised when the process runs already and nobody knows its number.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    received: list[int] = []
+
+    def receive(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        handler = signal.getsignal(number)
+        # What is ignored stays so, here and in the new process.
+        if callable(handler):
+            before[number] = handler
+            signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            os.kill(os.getpid(), number)
+
+
 def write_identities(path: Path, access_key: str, secret_key: str) -> None:
     """SeaweedFS's list of who may do what: one user, everything. 0600."""
     identity = {
@@ -176,12 +213,31 @@ def make_bucket(name: str, endpoint_url: str, access_key: str, secret_key: str) 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    probes = [socket.socket() for _ in range(count)]
+    """Ports that nobody listens on just now, and that the kernel gives to no connection by itself.
+
+    A server may bind one half a minute later: an ephemeral port may be some connection's by then.
+    """
+    chance = random.SystemRandom()
+    first = _first_ephemeral_port()
+    found: list[int] = []
+    probes: list[socket.socket] = []
     try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        while len(found) < count:
+            probe = socket.socket()
+            probes.append(probe)
+            with suppress(OSError):  # taken
+                probe.bind(("127.0.0.1", chance.randrange(first - _PORTS, first) if first else 0))
+                found.append(probe.getsockname()[1])
     finally:
         for probe in probes:
             probe.close()
+    return found
+
+
+def _first_ephemeral_port() -> int:
+    """Of the kernel's range; 0 where there is no room below it."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return first if first > 2 * _PORTS else 0

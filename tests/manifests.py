@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorserve.authentication import Parameters
-from tensorserve.keys import ModelKey
-from tensorserve.manifest import MANIFEST
+from tensorserve.bundle.keys import ModelKey
+from tensorserve.bundle.manifest import MANIFEST
+from tensorserve.bundle.manifest_mac import Parameters
 
 
 def rewrite(

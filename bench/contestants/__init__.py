@@ -1,4 +1,4 @@
-"""Who takes part: one module each, with `prepare` (imports, untimed) and `load` (timed).
+"""What is a contestant? One module each, with `prepare` (imports, untimed) and `load` (timed).
 
 A module is only imported in the process that measures it.
 """
@@ -34,12 +34,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load gave. `tensors` is None where bytes were only moved."""
+    """The result of a load. `tensors` is None if bytes were only copied."""
 
     tensors: Tensors | None
     close: Callable[[], None] = lambda: None
     parts: dict[str, float] = field(default_factory=dict)
-    """Seconds of parts of the load, where it has parts (download, read)."""
+    """Seconds of each part of the load, if it has parts (download, read)."""
 
 
 def synchronize(device: str) -> None:

@@ -9,26 +9,22 @@ from bench.contestants import Job, Loaded
 
 def prepare(_job: Job) -> None:
     """Import everything that a load needs."""
-    import tensorserve.checked_load
-    import tensorserve.loading
-    import tensorserve.preflight  # noqa: F401
 
 
 def load(job: Job) -> Loaded:
     """All tensors of the bundle at `job.uri`. Option `verify`: as TENSORSERVE_VERIFY."""
-    from tensorserve.checked_load import checked_as
+    from tensorserve.bundle.tensors_file import open_tensors
+    from tensorserve.config.access import access_for, key_for
+    from tensorserve.config.launch_plan import make_plan
+    from tensorserve.config.settings import Settings
+    from tensorserve.engine.checked_load import checked_as
+    from tensorserve.launch.preflight import check_weights
     from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-    from tensorserve.opening import access_for, key_for, open_tensors
-    from tensorserve.plan import make_plan
-    from tensorserve.preflight import Weights, check_weights
-    from tensorserve.settings import Settings
 
     began = time.perf_counter()
     environment = {"TENSORSERVE_MODEL_URI": job.uri, "TENSORSERVE_VERIFY": job.options["verify"]}
     settings = Settings.from_environment(environment | {"TENSORSERVE_KEY_FILE": str(job.key_file)})
-    weights = Weights()
-    for _ in check_weights(settings, make_plan(settings), weights, None):
-        pass
+    weights = check_weights(settings, make_plan(settings))
     if weights.verification != job.options["mode"]:
         raise RuntimeError(f"{weights.verification} vouches here, not {job.options['mode']}")
     checked = time.perf_counter()

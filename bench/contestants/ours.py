@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from bench.contestants import Job, Loaded, synchronize
 
 if TYPE_CHECKING:
+    from tensorserve.bundle.tensors_file import OpenTensors
     from tensorserve.loading import LoadProgress, TensorStream
     from tensorserve.loading.reference import ReferenceStream
-    from tensorserve.opening import OpenTensors
 
-# What the loader asks for at once (loading/schedule.py).
+# The size of one request (`job_bytes` in loading/tuning.py).
 _RANGE = 8 * 1024**2
 
 
@@ -22,11 +22,13 @@ def prepare(job: Job) -> None:
     """Import everything that a load needs."""
     if "part_bytes" in job.options:
         # A constant of the loader: to be changed before the modules that take it are imported.
-        from tensorserve.loading import schedule
+        from dataclasses import replace
 
-        schedule.PART_BYTES = job.options["part_bytes"]
-    import tensorserve.loading
-    import tensorserve.opening
+        from tensorserve.loading import tuning
+
+        tuning.DEFAULTS = replace(tuning.DEFAULTS, part_bytes=job.options["part_bytes"])
+    import tensorserve.bundle.tensors_file
+    import tensorserve.loading.stream
 
     if job.options.get("loader") == "reference":
         import tensorizer  # noqa: F401
@@ -73,7 +75,7 @@ def _stream(
     import torch
 
     from tensorserve.loading import LoadOptions, TensorStream
-    from tensorserve.loading.staging import Staging
+    from tensorserve.loading.gpu_staging import GpuStaging
 
     device, ring = torch.device(job.options.get("device", "cpu")), job.options.get("ring")
     number, count = job.options.get("share", (0, 1))
@@ -99,7 +101,7 @@ def _stream(
         key=opened.key,
         options=options,
         progress=progress,
-        staging=None if ring is None else Staging(device, ring, processors=processors),
+        staging=None if ring is None else GpuStaging(device, ring, processors=processors),
     )
 
 
@@ -140,8 +142,9 @@ def _read_only(job: Job) -> Loaded:
 
 def _open(job: Job, observer: LoadProgress | None) -> OpenTensors:
     """The open file, its key proven, from the same settings as the engine's."""
-    from tensorserve.opening import access_for, key_for, open_tensors
-    from tensorserve.settings import Settings
+    from tensorserve.bundle.tensors_file import open_tensors
+    from tensorserve.config.access import access_for, key_for
+    from tensorserve.config.settings import Settings
 
     environ = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     environ["TENSORSERVE_MODEL_URI"] = job.uri

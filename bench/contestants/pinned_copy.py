@@ -1,4 +1,4 @@
-"""What the link to the GPU can do: copies from pinned host memory, and nothing else."""
+"""How fast is the link to the GPU: copies from pinned host memory only?"""
 
 from __future__ import annotations
 

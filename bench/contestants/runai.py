@@ -10,7 +10,7 @@ from bench.packages import bench_packages
 
 
 def prepare(job: Job) -> None:
-    """Set what it reads from the environment at import, and import it."""
+    """Sets the environment variables that the package reads at import, and imports it."""
     concurrency = job.options.get("concurrency")
     if concurrency:
         # The first is for all, the second for object stores.

@@ -1,4 +1,4 @@
-"""How is JSON read that somebody else wrote? With an end to its numbers and to its depth."""
+"""How is untrusted JSON parsed, with limits for its numbers and its depth?"""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 from typing import Any, NoReturn
 
 MOST_DIGITS = 40
-"""tokenizer_config.json has a number of 31 digits in many models; none is read that needs more."""
+"""Many models have a number of 31 digits in tokenizer_config.json; no known file needs more."""
 MOST_DEPTH = 64
 
 
 def read_json(data: bytes | bytearray | str, *, strict: bool = False) -> Any:
-    """As json.loads. Raises ValueError, and no other error, for what cannot be believed.
+    """As json.loads, with limits. Raises only ValueError, for invalid JSON and beyond the limits.
 
-    `strict`: of one meaning only, whoever reads it: no name twice in an object, no fractions, and
-    bytes that are UTF-8. Python itself also takes UTF-16 and -32, and surrogates as bytes: of two
-    of those json.dumps makes what it makes of the one character that they stand for.
-    Python reads numbers of up to 4,300 digits and refuses longer ones in other words; and what is
-    nested ten thousand times ends it with a RecursionError.
+    Limits: 40 digits for a whole number and 64 levels of nesting. (json.loads accepts 4,300 digits
+    and raises RecursionError for deep nesting.)
+
+    `strict` accepts only documents that every parser reads alike: no repeated name in an object,
+    no fractions, and UTF-8 only. json.loads also accepts UTF-16, UTF-32 and surrogates encoded as
+    bytes; a pair of those and the character that it stands for give the same output of json.dumps.
     """
     try:
         if strict:
@@ -43,7 +44,7 @@ def _integer(text: str) -> int:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text[:MOST_DIGITS]} is no whole number")
+    raise ValueError(f"{text[:MOST_DIGITS]} is not a whole number")
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands. The only module that prints for the user and ends the process."""
+"""Which commands are there? The only module that prints for the user and ends the process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorserve import __version__
+from tensorserve.config.tidying import has_controls, tidied, tidy_process
 from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
 from tensorserve.linux import end_with_parent, hide_memory, no_core_files
+from tensorserve.secret import without_secrets
+from tensorserve.version import __version__
+
+if TYPE_CHECKING:
+    from tensorserve.config.settings import SourceSettings
 
 SIGINT_CODE = 130
-# Others open what is in these processes' memory (handoff.py), or in what is forked from them.
+# Other processes open memory of these (launch/handoff.py), or of their forks.
 _HAND_OVER = frozenset({"up", "serve", "engine", "pack"})
 
 
@@ -27,10 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What is printed may name a file whose name is not UTF-8.
+            # A printed file name may not be UTF-8.
             stream.reconfigure(errors="backslashreplace")
-    # A core would hold keys and weights in plain text.
+    # A core file would hold keys and weights in plain text.
     no_core_files()
+    # botocore and others read the environment themselves.
+    tidy_process()
     if words[:1] == ["container"]:
         words = _container_words(words[1:])
     try:
@@ -50,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
             _complain(note)
         return SIGINT_CODE
     except BrokenPipeError:
-        # The reader (`| head`) has enough; keep the interpreter from complaining at its own exit.
+        # The reader (`| head`) has closed; without this the interpreter would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    # The last line of defence: a mistake of ours ends with its own exit code, and can be reported.
+    # A bug ends with its own exit code and a traceback that can be reported.
     except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
+        lines = "".join(traceback.format_exception(error))
+        print(without_secrets(lines, os.environ), file=sys.stderr, end="", flush=True)
         _complain(
             f"internal error ({type(error).__name__}): please report it with the lines above."
         )
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _container_words(words: list[str]) -> list[str]:
-    """What the image's entry point was given, as our own words; another program is exec'd.
+    """The words of the image's entry point as a command of tensorserve; another program is exec'd.
 
     `docker run IMAGE [tensorserve] plan` and `docker run IMAGE bash` both do what they say.
     """
@@ -80,7 +88,7 @@ def _container_words(words: list[str]) -> list[str]:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way up, as what could not be removed after it."""
+    """Notes that were added to an error, such as files that could not be removed."""
     return list(getattr(error, "__notes__", ()))
 
 
@@ -102,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
         ):
             words = ["up", "--", *(words[1:] if words[:1] == ["--"] else words)]
         arguments: list[str] = []
-        if words[0] in {"up", "serve", "plan", "check", "engine"} and "--" in words:
+        if words[0] in {"up", "serve", "plan", "check", "engine", "precompile"} and "--" in words:
             cut = words.index("--")
             words, arguments = words[:cut], words[cut + 1 :]
         parsed = _parser().parse_args(words)
@@ -132,7 +140,7 @@ def _parser() -> _Parser:
     plan.add_argument("--json", action="store_true", help="for programs")
     commands.add_parser("check", help="try everything that a start needs, and start nothing")
 
-    from tensorserve.pack_options import add_pack_options
+    from tensorserve.packing.options import add_pack_options
 
     add_pack_options(
         commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
@@ -143,7 +151,29 @@ def _parser() -> _Parser:
     sign = commands.add_parser(
         "sign", help="verify a whole bundle and write a manifest for it, authenticated by its key"
     )
-    sign.add_argument("uri", metavar="URI", help="directory or s3://bucket/prefix")
+    sign.add_argument("uri", metavar="URI", help="directory, s3://, gs:// or az://")
+
+    rewrap = commands.add_parser(
+        "rewrap", help="wrap a bundle's key for other recipients; the weights stay as they are"
+    )
+    rewrap.add_argument("uri", metavar="URI", help="directory, s3://, gs:// or az://")
+    for word, does in (("add", "wrap the key for it, also anew"), ("remove", "take its key out")):
+        rewrap.add_argument(
+            f"--{word}",
+            metavar="PROVIDER:KEY",
+            action="append",
+            default=[],
+            help=f"{does}; may be repeated",
+        )
+
+    precompile = commands.add_parser(
+        "precompile",
+        help="start once with the same settings, and put what was compiled into the bundle, sealed",
+    )
+    precompile.add_argument("uri", metavar="URI", help="directory, s3://, gs:// or az://")
+    precompile.add_argument(
+        "--sign-key", metavar="PEM", type=Path, help="sign it with this Ed25519 private key"
+    )
 
     report = commands.add_parser("report", help="the time line of the last start")
     report.add_argument("--json", action="store_true", help="for programs")
@@ -154,7 +184,7 @@ def _parser() -> _Parser:
 
 
 def _variables_help() -> str:
-    from tensorserve.variables import VARIABLES
+    from tensorserve.config.variables import VARIABLES
 
     lines = ["variables:"]
     for variable in VARIABLES:
@@ -172,69 +202,75 @@ def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _up(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.supervise import up
+    from tensorserve.launch.supervisor import up
 
     return up(environ, options.arguments)
 
 
 def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.launch import serve
+    from tensorserve.launch.serve import serve
 
     serve(environ, options.arguments)
 
 
-def _engine(_options: argparse.Namespace, _environ: Mapping[str, str]) -> int:
-    from tensorserve.engine import run_engine
+def _engine(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.config.settings import HANDOFF_VARIABLE
+    from tensorserve.launch.engine_process import run_engine
 
-    return run_engine(lambda: main(["serve"]))
+    return run_engine(lambda: main(["serve"]), _left_by_up(environ, HANDOFF_VARIABLE))
 
 
 def _exporter(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     end_with_parent()
+    from tensorserve.launch.companions import COMPANIONS_VARIABLE, receive_companions
     from tensorserve.telemetry.exporter import serve_exporter
 
-    serve_exporter(
-        Path(environ["TENSORSERVE_STATE_DIR"]),
-        environ["TENSORSERVE_METRICS_HOST"],
-        int(environ["TENSORSERVE_METRICS_PORT"]),
-    )
+    found = receive_companions(_left_by_up(environ, COMPANIONS_VARIABLE))
+    serve_exporter(found.state_dir, found.metrics_host, found.metrics_port)
     return 0
 
 
 def _watch(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     end_with_parent()
-    from tensorserve.supervise import watch
+    from tensorserve.launch.companions import COMPANIONS_VARIABLE
+    from tensorserve.launch.supervisor import watch
 
-    watch(environ)
+    watch(_left_by_up(environ, COMPANIONS_VARIABLE))
     return 0
+
+
+def _left_by_up(environ: Mapping[str, str], variable: str) -> str:
+    if variable not in environ:
+        raise UsageError("Only `tensorserve up` runs this command.", hint="Run `tensorserve up`.")
+    return environ[variable]
 
 
 def _health(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     import http.client
 
-    from tensorserve.settings import Settings
+    from tensorserve.config.settings import metrics_address
 
-    # Only the port is asked for; the model's own variable need not be set for a health check.
-    settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
-    host = settings.metrics_host if settings.metrics_host not in {"0.0.0.0", "::"} else "localhost"
-    connection = http.client.HTTPConnection(host, settings.metrics_port, timeout=4)
+    host, port = metrics_address(environ)
+    host = "localhost" if host in {"0.0.0.0", "::"} else host
+    connection = http.client.HTTPConnection(host, port, timeout=4)
     try:
         connection.request("GET", "/readyz")
         response = connection.getresponse()
         print(response.read(4096).decode(errors="replace").strip())
         return int(response.status != 200)
-    except OSError as error:
-        print(f"no answer on port {settings.metrics_port}: {error}")
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name
+        print(f"no answer on port {port}: {error}")
         return 1
     finally:
         connection.close()
 
 
 def _plan(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.plan import describe, make_plan
-    from tensorserve.settings import Settings
+    from tensorserve.config.launch_plan import describe, make_plan
+    from tensorserve.config.settings import Settings
 
     settings = Settings.from_environment(environ)
+    _warn(*settings.warnings)
     description = describe(make_plan(settings, options.arguments), settings)
     if options.json:
         print(json.dumps(description, indent=2))
@@ -256,31 +292,66 @@ def _plan(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.plan import make_plan
-    from tensorserve.preflight import Weights, run_checks
-    from tensorserve.settings import Settings
+    from tensorserve.config.launch_plan import make_plan
+    from tensorserve.config.settings import Settings
+    from tensorserve.launch.completeness import check_files
+    from tensorserve.launch.preflight import Passed, run_checks
 
     settings = Settings.from_environment(environ)
+    _warn(*settings.warnings)
     plan = make_plan(settings, options.arguments)
-    weights = Weights()
-    for passed in run_checks(settings, plan, weights):
+
+    def report(passed: Passed) -> None:
         print(f"ok  {passed.name:16} {passed.found}", flush=True)
-    if weights.warning is not None:
-        print(f"tensorserve: warning: {weights.warning}", file=sys.stderr, flush=True)
+
+    checked = run_checks(settings, plan, report, _note)
+    for passed in check_files(checked.settings, plan, checked):
+        report(passed)
+    if checked.weights.warning is not None:
+        _warn(checked.weights.warning)
     print("Everything that a start needs is there.")
     return 0
 
 
-def _settings(environ: Mapping[str, str]) -> Any:
-    """Those for commands that name their own URI."""
-    from tensorserve.settings import Settings
+def _note(text: str) -> None:
+    print(f"tensorserve: {text}", file=sys.stderr, flush=True)
 
-    # The start's own URI is not needed here.
-    return Settings.from_environment({"TENSORSERVE_MODEL_URI": "/", **environ})
+
+def _warn(*warnings: str) -> None:
+    for warning in warnings:
+        print(f"tensorserve: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _settings(environ: Mapping[str, str]) -> SourceSettings:
+    """The settings of commands whose URI is an argument."""
+    from tensorserve.config.settings import SourceSettings
+
+    settings = SourceSettings.from_environment(environ)
+    _warn(*settings.warnings)
+    return settings
+
+
+def _settings_with_key(environ: Mapping[str, str], uri: str) -> SourceSettings:
+    """The same, with the key of the bundle at `uri` if it is given by reference."""
+    from tensorserve.bundle.location import split_model_uri
+    from tensorserve.config.unwrapping import with_key
+
+    return with_key(_settings(environ), split_model_uri(uri)[0], _note)
+
+
+def _uri(text: str, what: str) -> str:
+    """`text` as a variable's value would be read. Raises ConfigurationError for what is no URI."""
+    from tensorserve.config.variables import parse_uri
+
+    name = "TENSORSERVE_MODEL_URI"
+    text = tidied({name: text, "HOME": os.environ.get("HOME", "")}).get(name, "")
+    if not text or has_controls(text):
+        raise ConfigurationError(f"{what} is empty, or has a line break or such in it.")
+    return parse_uri(text, what)
 
 
 def _stop_cleanly() -> None:
-    """SIGTERM ends a command as Ctrl-C does: what was begun is undone."""
+    """SIGTERM ends a command as Ctrl-C does: unfinished output is removed."""
 
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -289,46 +360,53 @@ def _stop_cleanly() -> None:
 
 
 def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.opening import access_for
-    from tensorserve.pack_options import pack_as_asked
+    from tensorserve.config.access import access_for, services_for
+    from tensorserve.packing.options import pack_as_asked
 
     _stop_cleanly()
-    access = access_for(_settings(environ))
+    options.destination = _uri(options.destination, "DEST")
+    settings = _settings(environ)
     with _ByteBar("packing") as bar:
-        result = pack_as_asked(options, access, bar)
+        result = pack_as_asked(options, access_for(settings), bar, services_for(settings, _note))
     print(result)
     return 0
 
 
 def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.opening import access_for, key_for
-    from tensorserve.verifying import verify
+    from tensorserve.bundle.verify import verify
+    from tensorserve.config.access import access_for, compiled_key_for, key_for
+    from tensorserve.crypto.ed25519 import VerifyingKey
 
-    settings = _settings(environ)
+    uri = _uri(options.uri, "URI")
+    settings = _settings_with_key(environ, uri)
     access, key = access_for(settings), key_for(settings)
+    signer = settings.compiled_signature_key
     with _ByteBar("verifying") as bar:
         verify(
-            options.uri,
+            uri,
             access,
             key,
             bar.print,
             bar,
             wish=settings.verify,
             pin=settings.manifest_sha256,
+            compiled_key=compiled_key_for(settings, encrypted=key is not None),
+            compiled_signature_key=None if signer is None else VerifyingKey.parse(signer),
         )
     return 0
 
 
 def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.opening import access_for, key_for
-    from tensorserve.signing import sign
+    from tensorserve.config.access import access_for, key_for
+    from tensorserve.packing.sign import sign
 
     _stop_cleanly()
-    settings = _settings(environ)
+    uri = _uri(options.uri, "URI")
+    settings = _settings_with_key(environ, uri)
     access, key = access_for(settings), key_for(settings)
     with _ByteBar("verifying") as bar:
         signed = sign(
-            options.uri,
+            uri,
             access,
             key,
             bar.print,
@@ -337,6 +415,43 @@ def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             pin=settings.manifest_sha256,
         )
     print(signed)
+    return 0
+
+
+def _rewrap(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.config.access import access_for, key_for, services_for
+    from tensorserve.config.unwrapping import with_key
+    from tensorserve.packing.rewrap import rewrap
+
+    _stop_cleanly()
+    uri = _uri(options.uri, "URI")
+    given = _settings(environ)
+    settings = with_key(given, uri, _note)
+    done = rewrap(
+        uri,
+        access_for(settings),
+        key_for(settings),
+        services_for(given, _note),
+        add=options.add,
+        remove=options.remove,
+        pin=settings.manifest_sha256,
+    )
+    print(done)
+    return 0
+
+
+def _precompile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.packing.precompile import precompile
+
+    _stop_cleanly()
+    made = precompile(
+        _uri(options.uri, "URI"),
+        environ,
+        options.arguments,
+        options.sign_key,
+        lambda line: print(f"tensorserve: {line}", file=sys.stderr, flush=True),
+    )
+    print(made)
     return 0
 
 
@@ -354,7 +469,7 @@ class _ByteBar:
         self._bar.update(done - self._bar.n)
 
     def print(self, line: str) -> None:
-        """A line of output that does not tear the bar."""
+        """Print a line above the bar."""
         self._bar.clear()
         print(line, flush=True)
 
@@ -368,28 +483,38 @@ class _ByteBar:
 def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     import shutil
 
-    from tensorserve.telemetry import events_path, read_events
+    from tensorserve.config.variables import default_state_dir
+    from tensorserve.telemetry import events_path, fold, read_events
     from tensorserve.telemetry.report import render_report, report_json
-    from tensorserve.variables import default_state_dir
 
-    directory = Path(environ.get("TENSORSERVE_STATE_DIR") or default_state_dir())
-    events = list(read_events(events_path(directory)))
+    environ = tidied(environ)
+    directory = Path(environ.get("TENSORSERVE_STATE_DIR") or default_state_dir(environ))
+    if has_controls(str(directory)):
+        raise ConfigurationError("TENSORSERVE_STATE_DIR has a line break or such in it.")
+    try:
+        events = read_events(events_path(directory))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{str(events_path(directory))[:200]} cannot be read: {error.strerror}.",
+            hint="Set TENSORSERVE_STATE_DIR to the state directory of the start.",
+        ) from error
     if not events:
         raise ConfigurationError(
             f"There is no start to report: {events_path(directory)} is missing or empty.",
             hint="Set TENSORSERVE_STATE_DIR to the state directory of the start.",
         )
+    state = fold(events)
     if options.json:
-        print(json.dumps(report_json(events), indent=2))
+        print(json.dumps(report_json(state), indent=2))
     else:
         color = sys.stdout.isatty() and "NO_COLOR" not in environ
-        print(render_report(events, shutil.get_terminal_size().columns, color))
+        print(render_report(state, shutil.get_terminal_size().columns, color))
     return 0
 
 
 _COMMANDS = {
     "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack, "verify": _verify,
-    "sign": _sign,
+    "sign": _sign, "rewrap": _rewrap, "precompile": _precompile,
     "report": _report, "health": _health, "engine": _engine, "exporter": _exporter, "watch": _watch,
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""What can go wrong, as one family: each error carries its exit code, a metric reason and a hint.
+"""Which errors does this package raise, with which exit code, metric reason and hint?
 
-The exit codes are part of the public interface (docs/exit-codes.md); they follow BSD's sysexits.h.
+The exit codes are part of the public interface (docs/exit-codes.md). They follow BSD's sysexits.h.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import ClassVar
 
 
 class TensorserveError(Exception):
-    """Base of every error that we raise on purpose.
+    """Base class of all errors that this package raises deliberately.
 
-    ``message`` says what happened and to which thing (already redacted);
-    ``hint`` says what to do now. ``reason`` is the value of the metric label
-    ``tensorserve_failures_total{reason}``: short, lower case, never user data.
+    ``message`` says what is wrong and where (URIs are already redacted); ``hint`` says what to do.
+    ``reason`` is the value of the metric label ``tensorserve_failures_total{reason}``: short, lower
+    case, never user data.
     """
 
     exit_code: ClassVar[int] = 70
@@ -36,14 +36,14 @@ class UsageError(TensorserveError):
 
 
 class CorruptError(TensorserveError):
-    """An artifact is damaged, incomplete, not what it claims, or changed under us (EX_DATAERR)."""
+    """An artifact is damaged, incomplete, not authentic, or changed during a read (EX_DATAERR)."""
 
     exit_code = 65
     reason = "corrupt"
 
 
 class WrongKeyError(CorruptError):
-    """The key or passphrase does not open the file (EX_DATAERR)."""
+    """The key or passphrase does not decrypt the file (EX_DATAERR)."""
 
     reason = "wrong_key"
 
@@ -56,7 +56,7 @@ class SourceUnavailableError(TensorserveError):
 
 
 class PermissionDeniedError(TensorserveError):
-    """Credentials are missing, wrong, expired or not sufficient (EX_NOPERM)."""
+    """Credentials are missing, wrong, expired or insufficient (EX_NOPERM)."""
 
     exit_code = 77
     reason = "permission"
@@ -67,6 +67,27 @@ class OutOfMemoryError(TensorserveError):
 
     exit_code = 137
     reason = "out_of_memory"
+
+
+class StartStalledError(TensorserveError):
+    """The start has made no progress for its deadline (EX_SOFTWARE)."""
+
+    reason = "start_stalled"
+
+
+class WorkerLostError(TensorserveError):
+    """A worker died or failed before the start was ready, and vLLM did not end (EX_SOFTWARE)."""
+
+    reason = "worker_lost"
+
+
+class OtherRankError(TensorserveError):
+    """Another rank of this engine failed or ended, which this one cannot load without.
+
+    Never the cause: the loader does not report it as the start's failure.
+    """
+
+    reason = "worker_lost"
 
 
 class ConfigurationError(TensorserveError):

@@ -1,4 +1,4 @@
-"""System calls of Linux that Python has no function for."""
+"""Which Linux system calls are used that Python's library does not offer?"""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PAGE = mmap.PAGESIZE
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2): set aside bytes of a file (mode 0), or give them back. Raises OSError.
+    """fallocate(2): reserves bytes of a file (mode 0), or frees them. Raises OSError.
 
-    Unlike os.posix_fallocate it writes no zeros where the file system has no such call.
+    Unlike os.posix_fallocate, it does not write zeros if the file system lacks the call.
     """
     if _libc().fallocate(descriptor, mode, offset, length):
         error = ctypes.get_errno()
@@ -33,47 +33,50 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 
 
 def start_writing(descriptor: int) -> None:
-    """sync_file_range(2): what was written to a file starts on its way to the disk; no waiting.
+    """sync_file_range(2): starts writeback of a file's dirty pages without waiting.
 
-    Only a head start: where it cannot be done nothing is. fsync is still needed.
+    Errors are ignored, since this only saves time; fsync is still needed.
     """
     _libc().sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
 
 
 def no_core_files() -> None:
-    """This process and all that come from it leave no core file, nor hand one to a program.
+    """Prevents core dumps of this process and its descendants, to files and to programs.
 
-    A limit of 0 keeps files away, but where core_pattern is a pipe (systemd-coredump, apport) the
-    kernel asks for no limit, with one exception: at 1 it ends the dump (fs/coredump.c). 1 byte is
-    also too little for a file. Inherited by children and across exec, unlike PR_SET_DUMPABLE.
+    RLIMIT_CORE 0 prevents files. If core_pattern is a pipe (systemd-coredump, apport), the kernel
+    ignores the limit, except for the value 1, which ends the dump (fs/coredump.c). 1 byte is also
+    too small for a file. The limit is inherited by children and kept across exec, unlike
+    PR_SET_DUMPABLE.
     """
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except ValueError:  # lowered to 0 before us, and not ours to raise
+    except ValueError:  # the hard limit is 0 already and may not be raised
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def hide_memory() -> None:
-    """PR_SET_DUMPABLE 0: no core, and no other process of this user looks into this one.
+    """PR_SET_DUMPABLE 0: no core dump, and other processes of this user cannot read this process.
 
-    Nor opens its /proc/<pid>/fd: not for a process whose memory others take over (handoff.py). The
-    kernel takes it back at exec. pidfd_getfd, process_vm_readv and debuggers end here as well.
+    It blocks debuggers, process_vm_readv, pidfd_getfd and /proc/<pid>/fd. So it must not be used in
+    a process whose memfd others open through /proc (launch/handoff.py). exec resets it.
     """
     _prctl(PR_SET_DUMPABLE, 0)
 
 
 def end_with_parent() -> None:
-    """SIGKILL for this process when the thread that made it ends; kept across exec, not by forks.
+    """PR_SET_PDEATHSIG: SIGKILL for this process when the thread that created it ends.
 
-    So it is for children that a main thread makes. A parent that is gone already is not noticed.
+    Use it only in children created by a main thread. It is kept across exec and not inherited by
+    forks. It has no effect if the parent has ended already.
     """
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """What a child leaves behind when it ends becomes this process's child, not process 1's.
+    """PR_SET_CHILD_SUBREAPER: orphaned descendants become children of this process.
 
-    Where the kernel refuses, it is process 1's, which in a container often is this one.
+    If the kernel refuses, they become children of process 1, which is often this process in a
+    container.
     """
     with suppress(OSError):
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -86,7 +89,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 class Watched:
-    """Another process, of which one learns when it has ended."""
+    """Another process, observed through a pidfd until it ends."""
 
     def __init__(self, pid: int) -> None:
         self._descriptor: int | None = None
@@ -96,13 +99,13 @@ class Watched:
         except ProcessLookupError:
             self._ended = True
         except OSError:
-            return  # no such call here (a sandbox): then nobody tells
+            return  # pidfd_open is missing (a sandbox): the end cannot be observed
         self._poll = select.poll()
         if self._descriptor is not None:
             self._poll.register(self._descriptor, select.POLLIN)
 
     def ended(self, seconds: float) -> bool:
-        """Whether it has; waits for it at most so long, and less where a signal handler runs."""
+        """Waits up to `seconds` for the end (less if a signal handler runs); whether it ended."""
         if self._ended:
             return True
         if self._descriptor is None:
@@ -113,20 +116,20 @@ class Watched:
 
 
 def run_on(processors: Collection[int]) -> None:
-    """Let this thread run on `processors`, as far as they can still be had.
+    """Lets this thread run on `processors`, if the kernel allows it.
 
-    vLLM binds its worker, and with it every thread made there, to some of them.
+    vLLM binds its worker to some processors, and threads created there inherit the binding.
     """
     with suppress(OSError):
         os.sched_setaffinity(0, processors)
 
 
 def populate(memory: memoryview) -> None:
-    """madvise(2), MADV_POPULATE_WRITE: the kernel finds all pages of `memory` in one call.
+    """madvise(2), MADV_POPULATE_WRITE: allocates all pages of `memory` in one call.
 
-    A fault for each page, as it is written, costs half as much again. Where it cannot be done
-    nothing is: the pages then come as they are written. Not for page-locked memory: its pages are
-    there, and the kernel refuses mappings of a driver.
+    One page fault for each page costs 1.5 times as much. If the call is not possible, nothing is
+    done, and the pages are allocated as they are written. Not for page-locked memory: it has its
+    pages already, and the kernel refuses a driver's mappings.
     """
     if len(memory) < 16 * _PAGE or not _populates():
         return
@@ -135,14 +138,20 @@ def populate(memory: memoryview) -> None:
     _libc().madvise(first, end - first, MADV_POPULATE_WRITE)
 
 
+def can_populate() -> bool:
+    """Whether `populate` has an effect."""
+    return _populates()
+
+
 @cache
 def _populates() -> bool:
-    """Whether the kernel knows the call. Tried on a page of our own: EINVAL has other reasons."""
+    """Whether the kernel has MADV_POPULATE_WRITE. Tested with a new page, since EINVAL has other
+    causes too."""
     with mmap.mmap(-1, _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         place = ctypes.c_char.from_buffer(page)
         refused = _libc().madvise(ctypes.addressof(place), _PAGE, MADV_POPULATE_WRITE)
         known = not refused or ctypes.get_errno() != errno.EINVAL
-        del place  # the map cannot be closed while somebody points into it
+        del place  # the map cannot be closed while a pointer into it exists
         return known
 
 
@@ -154,3 +163,16 @@ def _libc() -> ctypes.CDLL:
     offsets = (ctypes.c_longlong, ctypes.c_longlong)
     library.sync_file_range.argtypes = (ctypes.c_int, *offsets, ctypes.c_uint)
     return library
+
+
+def processor_flags(path: str = "/proc/cpuinfo") -> tuple[str, ...]:
+    """The features that the kernel reports for the first processor, sorted: "avx2", "neon", …
+
+    Empty where the kernel names none. They include some that no compiler uses.
+    """
+    with open(path, encoding="ascii", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() in {"flags", "Features"}:  # x86, Arm
+                return tuple(sorted(value.split()))
+    return ()

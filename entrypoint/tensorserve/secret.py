@@ -1,15 +1,29 @@
-"""A value that must not be shown: held as bytes, revealed only when asked by name."""
+"""How are secret values kept out of logs, messages and pickles?"""
 
 from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Mapping
 from typing import NoReturn
 
 REDACTED = "***"
 _QUERY = re.compile(r"[?#]")
-# As far as white space or a quote: what a program prints around a URL.
+# Up to white space or a quote, which end a URL in a program's output.
 _USER_INFO = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)[^\s"'<>?#]*@""")
+
+# In the headers and the query of a signed request.
+_SIGNATURE = re.compile(
+    r"((?:Credential|Signature|AccountKey|X-Amz-Security-Token|X-Amz-Credential|X-Amz-Signature|sig)"
+    r"(?:=|%3D|['\"]?: ?b?['\"]))[^\s,&'\"]+",
+    re.IGNORECASE,
+)
+_SECRET_NAME = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSPHRASE|CREDENTIALS?|CONNECTION_STRING|IDENTITY_HEADER)(_ID)?$"
+)
+_SHORTEST = 6  # characters
+# A user and a password have no place in these, so that "@" and ":" are characters of a name.
+_STORES = frozenset({"s3", "gs", "az", "hf"})
 
 
 class Secret:
@@ -21,18 +35,18 @@ class Secret:
     __slots__ = ("_value", "origin")
 
     def __init__(self, value: bytes | str, origin: str = "") -> None:
-        # As Python hands on bytes of an environment that are not UTF-8, and back.
+        # Python decodes invalid UTF-8 in the environment to surrogates; this reverses it.
         if isinstance(value, str):
             value = value.encode(errors="surrogateescape")
         self._value = bytes(value)
         self.origin = origin
 
     def reveal(self) -> bytes:
-        """The bytes themselves. Never put them into a message, an argument or an environment."""
+        """The secret bytes. Never put them into a message, an argument or an environment."""
         return self._value
 
     def reveal_text(self) -> str:
-        """The value as UTF-8 text; bytes that are none become lone surrogates."""
+        """The value as UTF-8 text; invalid bytes become lone surrogates."""
         return self._value.decode(errors="surrogateescape")
 
     def __repr__(self) -> str:
@@ -50,14 +64,14 @@ class Secret:
         return hash(("Secret", len(self._value)))
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret is not picklable: hand it over with tensorserve.handoff")
+        raise TypeError("a Secret is not picklable: pass it with tensorserve.launch.handoff")
 
 
 def redact_uri(uri: str) -> str:
-    """``uri`` without what may be secret in it: user info, query (signatures) and fragment.
+    """``uri`` without its possibly secret parts: user info, query (signatures) and fragment.
 
-    Any text may be given. A password with a "/" in it ends the host in the middle of the password:
-    where an "@" follows a ":", all that stands before it is taken for user info.
+    Accepts any text. A password may contain a "/", which would end the host inside the password:
+    if an "@" follows a ":", everything before the "@" counts as user info.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -70,10 +84,23 @@ def redact_uri(uri: str) -> str:
     place, query = _QUERY.split(rest, maxsplit=1)[0], _QUERY.search(rest)
     authority = place.partition("/")[0]
     before, at, _ = place.rpartition("@")
-    if "@" in authority or (at and ":" in before and scheme.lower() != "s3"):
+    if "@" in authority or (at and ":" in before and scheme.lower() not in _STORES):
         place = f"{REDACTED}@{place[len(before) + 1 :]}"
     mark = "" if query is None or query[0] == "#" else f"?{REDACTED}"
     return f"{scheme}://{place}{mark}"
+
+
+def without_secrets(text: str, environ: Mapping[str, str]) -> str:
+    """`text`, such as a traceback, without signatures and without secret values of `environ`.
+
+    A variable is secret if its name says so (KEY, TOKEN, …). Values below 6 characters are kept.
+    """
+    text = redact_text(_SIGNATURE.sub(rf"\1{REDACTED}", text))
+    values = {value.strip() for name, value in environ.items() if _SECRET_NAME.search(name)}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST:
+            text = text.replace(value, REDACTED).replace(repr(value)[1:-1], REDACTED)
+    return text
 
 
 def redact_text(text: str) -> str:

@@ -1,32 +1,39 @@
-"""What vLLM calls in each of its processes: here its load format `tensorizer` becomes our loader,
-and `tensorserve-pack` the one of `pack --layout vllm`.
+"""What does vLLM call in each of its processes? The registration of this package's model loaders.
 
-`VLLM_PLUGINS`, vLLM's own list of the plugins that it may load, keeps it out where nobody wants it.
-`vllm_loader` holds what knows vLLM's internals.
+Load format `tensorizer` becomes TensorserveLoader, and `tensorserve-pack` the loader of
+`pack --layout vllm`. vLLM's variable `VLLM_PLUGINS` (an allow-list) can exclude this plugin. The
+code that depends on vLLM's internals is in engine/.
 """
 
 from __future__ import annotations
 
-from tensorserve.garbage import collect_as_usual
-from tensorserve.importing import when_imported
+from tensorserve.engine.gc_threshold import collect_as_usual
+from tensorserve.engine.import_hook import when_imported
 
 
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`; may be called more than once.
 
-    vLLM's loaders are imported by its workers alone. In its other processes the import would cost
-    up to half a second of each start.
+    Only vLLM's workers import model loaders. In its other processes the import would take up to
+    half a second of each start, so it is done when vLLM imports its own loaders.
     """
-    collect_as_usual()  # what is left to import is little
+    collect_as_usual()  # most of vLLM is imported by now
     when_imported("vllm.model_executor.model_loader", _register_loaders)
+    when_imported("vllm.compilation.decorators", _adapt_compilation)
+
+
+def _adapt_compilation() -> None:
+    from tensorserve.engine.aot_loading import load_compiled_models
+    from tensorserve.engine.compile_key import adapt_key
+
+    if adapt_key():
+        load_compiled_models()
 
 
 def _register_loaders() -> None:
-    from vllm.model_executor.model_loader import register_model_loader
+    from tensorserve.engine.loader import TensorserveLoader
+    from tensorserve.engine.registration import register_loaders
+    from tensorserve.packing.rank_parameters import LOAD_FORMAT
+    from tensorserve.packing.vllm_worker import PackLoader
 
-    from tensorserve.engine_parameters import LOAD_FORMAT
-    from tensorserve.vllm_loader import TensorserveLoader
-    from tensorserve.vllm_packing import PackLoader
-
-    register_model_loader("tensorizer")(TensorserveLoader)
-    register_model_loader(LOAD_FORMAT)(PackLoader)
+    register_loaders({"tensorizer": TensorserveLoader, LOAD_FORMAT: PackLoader})

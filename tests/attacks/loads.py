@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from tensorserve.checked_load import checked_as
+from tensorserve.bundle.tensors_file import open_tensors
+from tensorserve.config.access import access_for, key_for
+from tensorserve.config.launch_plan import make_plan
+from tensorserve.config.settings import Settings
+from tensorserve.engine.checked_load import checked_as
+from tensorserve.launch.preflight import check_packed_draft, check_weights
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-from tensorserve.opening import access_for, key_for, open_tensors
-from tensorserve.plan import make_plan
-from tensorserve.preflight import Weights, check_weights
-from tensorserve.settings import Settings
 
 
-def load(environ: dict[str, str], rank: int = 0) -> dict[str, torch.Tensor]:
-    """All tensors of the file of `rank`. Raises what ends a start."""
+def load(environ: dict[str, str], rank: int = 0, *, draft: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors of the file of `rank`, or of the bundle's draft. Raises what ends a start."""
     settings = Settings.from_environment(environ)
-    weights = Weights()
-    for _ in check_weights(settings, make_plan(settings), weights, None):
-        pass
+    plan = make_plan(settings)
+    weights = check_weights(settings, plan)
+    if draft:
+        weights = check_packed_draft(settings, plan, plan.model_dir, weights)
     shard, key = weights.shards[rank], key_for(settings)
+    if draft:
+        assert weights.draft is not None
+        shard = weights.draft.shard
     opened = open_tensors(shard.uri, access_for(settings), key, version=shard.version)
     records = opened.index.tensors
     try:

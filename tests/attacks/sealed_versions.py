@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tensorserve.bundle.keys import GivenKey
+from tensorserve.bundle.manifest import read_manifest
+from tensorserve.bundle.tensors_file import OpenTensors, open_tensors
 from tensorserve.format import FileIndex, FileKey, TensorRecord, read_index
-from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.loading.reference import ReferenceStream
-from tensorserve.manifest import read_manifest
-from tensorserve.opening import OpenTensors, open_tensors
-from tensorserve.packing import pack
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, RetryPolicy
 from tensorserve.sources.local import LocalSource
@@ -37,7 +37,7 @@ class Version:
     digests: dict[str, str]
     """SHA-256 of each tensor's bytes."""
     headers_sha256: str
-    """That its manifest vouches for."""
+    """That its manifest authenticates."""
 
     def record(self, name: str) -> TensorRecord:
         """Where the tensor stands in the file."""

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s3server import free_ports
+
+from waiting import wait_for
 
 PROGRAM = str(Path(sys.executable).with_name("tensorserve"))
 SECONDS = 120.0
@@ -51,6 +51,8 @@ def start(directory: Path, environ: dict[str, str], *arguments: str) -> Ended:
         "TENSORSERVE_METRICS_PORT": str(metrics_port),
         "TENSORSERVE_MODEL_NAME": "model",
         "TENSORSERVE_PREFETCH": "off",
+        # The same checks; each start would import vLLM beside them, which is most of its work.
+        "TENSORSERVE_IMPORT_ONCE": "off",
     }
     log = directory / "serve.log"
     with log.open("wb") as out:
@@ -62,12 +64,13 @@ def start(directory: Path, environ: dict[str, str], *arguments: str) -> Ended:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    deadline = time.monotonic() + SECONDS
-    pause = threading.Event()
     try:
-        while process.poll() is None and not _imports(_events(state)):
-            assert time.monotonic() < deadline, log.read_text()
-            pause.wait(0.02)
+        wait_for(
+            lambda: process.poll() is not None or _imports(_events(state)),
+            SECONDS,
+            every=0.02,
+            said=log.read_text,
+        )
     finally:
         code = process.poll()
         if code is None:

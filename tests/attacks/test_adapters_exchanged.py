@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from starting import refused
 from victims import Store, make_bundle
 
-from tensorserve.lora import read_adapters
+from tensorserve.packing.lora import read_adapters
 
 FILES = [Path("adapters") / name / "adapter_model.tensors" for name in ("polite", "rude")]
 
@@ -45,7 +45,7 @@ def test_with_the_manifest_made_to_fit(tmp_path: Path, with_adapters: Path, stor
 
 
 def test_with_a_manifest_of_version_1(tmp_path: Path, with_adapters: Path, store: Store) -> None:
-    """It vouches for nothing."""
+    """It authenticates nothing."""
     exchange(with_adapters / FILES[0], with_adapters / FILES[1])
     rewrite(with_adapters, downgrade)
     assert "neither an authenticated manifest" in refused(tmp_path, store.put(with_adapters))

@@ -32,4 +32,6 @@ def test_added_under_a_name_that_vllm_looks_for(tmp_path: Path, bundle: Path, st
     ended = start(tmp_path, store.put(bundle))
     assert ended.code is None, ended.text
     found = {path.name for path in ended.model_dir.rglob("*")}
-    assert found == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert found == {
+        *("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"),
+    }

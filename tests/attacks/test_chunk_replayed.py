@@ -21,7 +21,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Version, Version
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_an_older_header_with_its_chunk_is_not_mixed_with_the_current_ones(
+def test_an_older_header_with_its_chunk_is_not_mixed_in(
     versions: tuple[Version, Version], reader: str
 ) -> None:
     """Header and chunk 0 of t05 come from the older version the first time, all else is current.
@@ -40,7 +40,7 @@ def test_an_older_header_with_its_chunk_is_not_mixed_with_the_current_ones(
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_an_older_header_is_refused_where_all_of_its_tensor_comes_with_it(
+def test_an_older_header_is_refused_with_all_of_its_tensor(
     versions: tuple[Version, Version], reader: str
 ) -> None:
     """t05 is the older version's as a whole, and opens; the digest of all headers tells it."""
@@ -83,12 +83,12 @@ def test_a_consumer_that_stops_early_is_an_error() -> None:
     import torch
     from torch import nn
 
-    from tensorserve.vllm_model import give
+    from tensorserve.engine.parameters import give
 
     class TakesOne(nn.Module):
         def load_weights(self, weights: object) -> set[str]:
             return {next(iter(weights))[0]}  # type: ignore[call-overload]
 
     tensors = iter([("first", torch.zeros(1)), ("second", torch.zeros(1))])
-    with pytest.raises(CorruptError, match=r"asked for no more after 'first'.*'second'"):
+    with pytest.raises(CorruptError, match=r"took no more after 'first'.*'second'"):
         give(TakesOne(), tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from forging import downgrade, rewrite
-from starting import refused
+from starting import refused, start
 from victims import Store
 
 
@@ -27,6 +27,25 @@ def test_config_json(tmp_path: Path, bundle: Path, store: Store, change: object)
     assert "config.json" in said
 
 
+def test_the_headers_that_tell_what_is_quantized(
+    tmp_path: Path, bundle: Path, store: Store
+) -> None:
+    """They decide the dtype too; of another size, or gone."""
+    path = bundle / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert "model.safetensors" in refused(tmp_path, store.put(bundle))
+    path.unlink()
+    assert "model.safetensors does not exist" in refused(tmp_path, store.put(bundle))
+
+
+def test_a_planted_header_is_not_given_to_vllm(tmp_path: Path, bundle: Path, store: Store) -> None:
+    """By its name alone it would make another kind of model of the bundle."""
+    (bundle / "consolidated.safetensors").write_bytes((bundle / "model.safetensors").read_bytes())
+    ended = start(tmp_path, store.put(bundle))
+    assert ended.code is None, ended.text
+    assert not (ended.model_dir / "consolidated.safetensors").exists()
+
+
 def test_the_tokenizer_is_gone(tmp_path: Path, bundle: Path, store: Store) -> None:
     """vLLM would make up another."""
     (bundle / "tokenizer.json").unlink()
@@ -37,7 +56,7 @@ def test_the_tokenizer_is_gone(tmp_path: Path, bundle: Path, store: Store) -> No
 def test_with_the_manifest_made_to_fit(
     tmp_path: Path, bundle: Path, store: Store, version: int
 ) -> None:
-    """Its MAC cannot be; and version 1 vouches for nothing."""
+    """Its MAC cannot be; and version 1 authenticates nothing."""
     soften(bundle / "config.json")
     rewrite(bundle, downgrade if version == 1 else lambda _: None)
     refused(tmp_path, store.put(bundle))

@@ -29,7 +29,7 @@ def forged(bundle: Path) -> Path:
 def test_only_a_manifest_will_do(tmp_path: Path, forged: Path, disk: Store) -> None:
     """The key's owner says that his bundles have one."""
     said = refused(tmp_path, disk.put(forged) | MANIFEST_ONLY)
-    assert "TENSORSERVE_VERIFY=manifest asks for a manifest.json" in said
+    assert "TENSORSERVE_VERIFY=manifest requires an authenticated manifest.json" in said
 
 
 def test_without_that_word_it_is_served(tmp_path: Path, forged: Path, disk: Store) -> None:

@@ -21,7 +21,7 @@ def test_version_2_without_a_mac(tmp_path: Path, bundle: Path, store: Store, wis
     """There is no such thing for an encrypted bundle."""
     rewrite(bundle, lambda document: document.update(authentication=None))
     said = refused(tmp_path, store.put(bundle) | {"TENSORSERVE_VERIFY": wish})
-    assert "a sealed bundle has a MAC" in said
+    assert "an encrypted bundle has a MAC" in said
 
 
 def test_version_2_of_a_plain_bundle(tmp_path: Path, bundle: Path, store: Store) -> None:
@@ -31,6 +31,5 @@ def test_version_2_of_a_plain_bundle(tmp_path: Path, bundle: Path, store: Store)
         document.update(authentication=None, encryption=None)
 
     rewrite(bundle, plain)
-    assert "is encrypted, the bundle's manifest.json says otherwise" in refused(
-        tmp_path, store.put(bundle)
-    )
+    said = refused(tmp_path, store.put(bundle))
+    assert "is encrypted, but the bundle's manifest.json says that it is not" in said

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from forging import MANIFEST, nothing_sealed
 from starting import refused
 from victims import Store
 
 
-def test_from_a_bundle_of_ours(tmp_path: Path, bundle: Path, store: Store, disk: Store) -> None:
-    """With it go the digests; nothing is left that says which tensor is which."""
+@pytest.mark.parametrize("once", ["auto", "off"])
+def test_from_a_bundle_of_ours(
+    tmp_path: Path, bundle: Path, store: Store, disk: Store, once: str
+) -> None:
+    """With it go the digests; nothing is left that says which tensor is which. Where vLLM is
+    imported beside the checks, it ends with them."""
     (bundle / MANIFEST).unlink()
     for place in (store, disk):
-        said = refused(tmp_path, place.put(bundle))
+        said = refused(tmp_path, place.put(bundle) | {"TENSORSERVE_IMPORT_ONCE": once})
         assert "neither an authenticated manifest.json nor a SHA-256" in said
         assert "tensorserve sign" in said
 

@@ -13,8 +13,8 @@ from starting import refused
 from victims import GIVEN, Store
 
 from manifests import rewrite as rewrite_with
-from tensorserve.keys import GivenKey
-from tensorserve.manifest import read_manifest
+from tensorserve.bundle.keys import GivenKey
+from tensorserve.bundle.manifest import read_manifest
 from tensorserve.sources import Access
 
 Change = Callable[[dict[str, Any]], object]

@@ -12,10 +12,10 @@ from forging import cut_digests
 from sealed_versions import ACCESS, KEY, READERS, Version, file_key, load, make_version, reading
 from two_versions import TwoVersions
 
+from tensorserve.bundle.keys import GivenKey
+from tensorserve.bundle.tensors_file import open_tensors
 from tensorserve.errors import CorruptError
-from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions
-from tensorserve.opening import open_tensors
 
 # None of them changes with the bytes.
 UNPINNED = {

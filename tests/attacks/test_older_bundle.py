@@ -31,7 +31,7 @@ def test_with_the_manifest_deleted_on_top(tmp_path: Path, bundle: Path, store: S
     assert start(tmp_path, environ).code is None
     (bundle / MANIFEST).unlink()
     environ |= store.put(bundle)
-    assert "TENSORSERVE_MANIFEST_SHA256 asks for it" in refused(tmp_path, environ)
+    assert "TENSORSERVE_MANIFEST_SHA256 requires it" in refused(tmp_path, environ)
 
 
 def test_only_its_weights(tmp_path: Path, bundle: Path, store: Store) -> None:

@@ -12,7 +12,7 @@ from tensorizer import EncryptionParams, TensorSerializer
 from victims import GIVEN, KEY, Store
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.signing import sign
+from tensorserve.packing.sign import sign
 from tensorserve.sources import Access
 
 RANKS = "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE"

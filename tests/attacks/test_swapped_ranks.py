@@ -12,13 +12,13 @@ from loads import load
 from starting import command, refused
 from victims import KEY, Store, make_source
 
-from tensorserve import packing
+from tensorserve.bundle.engine_fingerprint import VLLM, Fingerprint
+from tensorserve.bundle.layout import RANK_MARKER
 from tensorserve.errors import CorruptError
-from tensorserve.fingerprint import VLLM, Fingerprint
 from tensorserve.format import TensorSpec
-from tensorserve.layouts import RANK_MARKER
-from tensorserve.packing import pack
-from tensorserve.packing_sources import Read, TensorsSource
+from tensorserve.packing import pack as pack_module
+from tensorserve.packing.pack import pack
+from tensorserve.packing.tensor_source import Read, TensorsSource
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 
@@ -48,7 +48,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def engine(*_: object) -> Iterator[tuple[Fingerprint, list[TensorsSource]]]:
         yield ENGINE, [rank_source(0), rank_source(1)]
 
-    monkeypatch.setattr(packing, "engine_parameters", engine)
+    monkeypatch.setattr(pack_module, "engine_parameters", engine)
     bundle = tmp_path / "ranks"
     pack(
         make_source(tmp_path / "source"),

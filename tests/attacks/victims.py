@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import torch
 from s3server import S3Server
 from safetensors.torch import save_file
 
-from tensorserve.keys import GivenKey
-from tensorserve.packing import pack
+from s3_clients import s3_client
+from tensorserve.bundle.keys import GivenKey
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 
@@ -64,13 +64,7 @@ class Store:
             shutil.copytree(bundle, place)
             return key | {"TENSORSERVE_MODEL_URI": str(place)}
         prefix = secrets.token_hex(8)
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.s3.endpoint_url,
-            aws_access_key_id=self.s3.access_key,
-            aws_secret_access_key=self.s3.secret_key,
-            region_name="us-east-1",
-        )
+        client = s3_client(self.s3)
         for path in bundle.rglob("*"):
             if path.is_file():
                 name = f"{prefix}/{path.relative_to(bundle)}"

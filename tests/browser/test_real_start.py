@@ -10,7 +10,7 @@ from running import READY_SECONDS, Tensorserve
 
 from rangeserver import RangeServer
 from tensorserve.cli import main as tensorserve
-from tensorserve.telemetry.words import duration
+from tensorserve.telemetry.wording import duration
 from waiting import wait_for
 
 pytestmark = needs_browser

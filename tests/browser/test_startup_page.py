@@ -11,8 +11,18 @@ from urllib.parse import urlsplit
 import pytest
 from chromium import DESKTOP, PHONE, Browser, needs_browser
 
-from tensorserve.telemetry import EventLog
-from unit.telemetry.telemetry_starts import Client, Engine, exporting, log_start
+from telemetry_starts import Client, Engine, exporting, log_start
+from tensorserve.telemetry import Check, Edge, EventLog, Phase
+from tensorserve.telemetry.schema import (
+    CheckPassed,
+    EngineExited,
+    LoadCounts,
+    LoadDone,
+    LoadPlanned,
+    LoadProgressed,
+    PhaseChanged,
+    StartFailed,
+)
 
 pytestmark = needs_browser
 
@@ -31,23 +41,23 @@ def address(client: Client) -> str:
 
 def come_to_the_load(log: EventLog) -> None:
     """A start up to the first bytes of 3 GB, with checks as `preflight` writes them."""
-    log.emit("phase", phase="preflight", state="begin")
-    log.emit("check", name="vLLM", found="0.32.0")
-    log.emit("check", name="weights", found="canary.tensors: 272 tensors, 3 GB")
-    log.emit("check", name="encryption", found="encrypted, the key opens it")
-    log.emit("phase", phase="preflight", state="end")
-    log.emit("phase", phase="artifacts", state="end")
-    log.emit("phase", phase="import", state="end")
-    log.emit("phase", phase="load", state="begin")
-    log.emit("load_plan", rank=0, bytes=3 * GB, tensors=272)
+    log.emit(PhaseChanged(Phase.PREFLIGHT, Edge.BEGIN))
+    log.emit(CheckPassed(Check.VLLM, "0.32.0"))
+    log.emit(CheckPassed(Check.WEIGHTS, "canary.tensors: 272 tensors, 3 GB"))
+    log.emit(CheckPassed(Check.ENCRYPTION, "encrypted, the key opens it"))
+    log.emit(PhaseChanged(Phase.PREFLIGHT, Edge.END))
+    log.emit(PhaseChanged(Phase.ARTIFACTS, Edge.END))
+    log.emit(PhaseChanged(Phase.IMPORT, Edge.END))
+    log.emit(PhaseChanged(Phase.LOAD, Edge.BEGIN))
+    log.emit(LoadPlanned(0, 3 * GB, 272, "auto"))
 
 
 def copied(log: EventLog, gigabytes: float, **fields: Any) -> None:
     count = int(gigabytes * GB)
-    log.emit("load_progress", rank=0, fetch=count, decrypt=count, copy=count, **fields)
+    log.emit(LoadProgressed(0, LoadCounts(count, count, count, **fields)))
 
 
-def test_a_person_sees_a_start_go_on_and_become_ready_without_touching_the_page(
+def test_a_start_is_followed_to_ready_without_touching_the_page(
     tmp_path: Path, pictures: Path, engine: Engine, browser: Browser
 ) -> None:
     """One visit, from the first check to ready: the page follows by itself, in plain words."""
@@ -78,9 +88,9 @@ def test_a_person_sees_a_start_go_on_and_become_ready_without_touching_the_page(
             browser.look_like(size, scheme)
             browser.screenshot(pictures / f"{name}.png")
         copied(log, 3.0)
-        log.emit("load_done", rank=0)
-        log.emit("phase", phase="load", state="end")
-        log.emit("phase", phase="postprocess", state="end")
+        log.emit(LoadDone(0))
+        log.emit(PhaseChanged(Phase.LOAD, Edge.END))
+        log.emit(PhaseChanged(Phase.POSTPROCESS, Edge.END))
         browser.wait_for_text("Warming up the engine")
         engine.status = 200
         browser.wait_for_text("Ready after ")
@@ -93,7 +103,7 @@ def test_a_person_sees_a_start_go_on_and_become_ready_without_touching_the_page(
         assert "canary" not in browser.run("return document.documentElement.outerHTML")
 
 
-def test_no_request_leaves_the_machine_and_the_console_stays_silent(
+def test_no_request_leaves_and_the_console_stays_silent(
     tmp_path: Path, engine: Engine, browser: Browser
 ) -> None:
     """The page needs no other host, and its own policy forbids it nothing that it needs."""
@@ -112,7 +122,7 @@ def test_no_request_leaves_the_machine_and_the_console_stays_silent(
     assert [message for message in complaints if "favicon.ico" not in message] == []
 
 
-def test_a_failure_is_said_in_words_and_stays_to_be_read_when_the_container_has_gone(
+def test_a_failure_stays_readable_after_the_container_has_gone(
     tmp_path: Path, pictures: Path, engine: Engine, browser: Browser
 ) -> None:
     """The exporter ends with the container; the page keeps what it knew and says so."""
@@ -122,8 +132,8 @@ def test_a_failure_is_said_in_words_and_stays_to_be_read_when_the_container_has_
     with exporting(tmp_path) as client:
         browser.open(address(client))
         browser.wait_for_text("Loading the model")
-        log.emit("failure", reason="wrong_key", exit_code=65, message="canary: wrong key")
-        log.emit("engine_exit", code=65)
+        log.emit(StartFailed("wrong_key", 65, "canary: wrong key"))
+        log.emit(EngineExited(65))
         browser.wait_for_text("Failed: wrong key (exit code 65)")
     browser.wait_for_text("the container may have ended")
     assert "Failed: wrong key (exit code 65)" in browser.text()
@@ -131,14 +141,14 @@ def test_a_failure_is_said_in_words_and_stays_to_be_read_when_the_container_has_
     assert "canary" not in browser.run("return document.documentElement.outerHTML")
 
 
-def test_a_page_left_open_does_not_call_a_stopped_container_ready(
+def test_an_open_page_does_not_call_a_stopped_container_ready(
     tmp_path: Path, engine: Engine, browser: Browser
 ) -> None:
     """Nobody is left to say that it stopped; the page finds out by itself."""
     log = log_start(tmp_path, engine)
     come_to_the_load(log)
     copied(log, 3.0)
-    log.emit("load_done", rank=0)
+    log.emit(LoadDone(0))
     engine.status = 200
     with exporting(tmp_path) as client:
         browser.open(address(client))
@@ -148,7 +158,7 @@ def test_a_page_left_open_does_not_call_a_stopped_container_ready(
     assert browser.run("return document.title") == "No answer"
 
 
-def test_without_scripts_the_page_is_whole_and_comes_again_by_itself(
+def test_without_scripts_the_page_is_whole_and_reloads(
     tmp_path: Path, engine: Engine, browser: Browser
 ) -> None:
     """Meta refresh does what the script does otherwise."""
@@ -175,7 +185,7 @@ def test_nothing_sticks_out_and_every_text_has_enough_contrast(
     log = log_start(tmp_path, engine)
     come_to_the_load(log)
     copied(log, 1.26, requests=9, retries={"status_503": 2})
-    log.emit("failure", reason="source_unavailable", exit_code=69, message="canary")
+    log.emit(StartFailed("source_unavailable", 69, "canary"))
     with exporting(tmp_path) as client:
         browser.look_like(size, scheme)
         browser.open(address(client))

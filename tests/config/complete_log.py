@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorserve.telemetry import PHASES, EventLog, events_path
+from tensorserve.telemetry import PHASES, Edge, EventLog, Phase, events_path
+from tensorserve.telemetry.schema import (
+    LoadCounts,
+    LoadDone,
+    LoadPlanned,
+    LoadProgressed,
+    PhaseChanged,
+    StartBegan,
+    StartFailed,
+    VerificationKnown,
+)
 
 
 def write_complete_log(state_dir: Path, health_url: str) -> None:
     """A start that failed, and one of two ranks after it that is loaded and warming up."""
     log = EventLog(events_path(state_dir))
-    log.emit("start", start_id="a", version="0.1.0", health_url=health_url)
-    log.emit("failure", reason="source_unavailable", exit_code=69, message="m")
-    log.emit("start", start_id="b", version="0.1.0", health_url=health_url)
-    log.emit("verification", mode="manifest")
+    log.emit(StartBegan("a", "0.1.0", 0, health_url, 8000, 9400))
+    log.emit(StartFailed("source_unavailable", 69, "m"))
+    log.emit(StartBegan("b", "0.1.0", 1, health_url, 8000, 9400))
+    log.emit(VerificationKnown("manifest"))
     for phase in PHASES:
-        log.emit("phase", phase=phase, state="begin")
-        if phase == "load":
+        log.emit(PhaseChanged(phase, Edge.BEGIN))
+        if phase is Phase.LOAD:
             for rank in (0, 1):
                 _load(log, rank)
         if phase != PHASES[-1]:
-            log.emit("phase", phase=phase, state="end")
+            log.emit(PhaseChanged(phase, Edge.END))
 
 
 def _load(log: EventLog, rank: int) -> None:
-    stages = ("fetch", "decrypt", "copy")
-    log.emit("load_plan", rank=rank, bytes=1000, tensors=3)
+    log.emit(LoadPlanned(rank, 1000, 3, "auto", "libcurl", sharing="one_rank", opens=1000))
     for done in (400, 1000):
-        log.emit(
-            "load_progress",
-            rank=rank,
-            **dict.fromkeys(stages, done),
-            **{f"{stage}_seconds": done / 1000 for stage in stages},
-            requests=done // 100,
-            retries={"reset": 1, "status_503": 2},
-        )
-    log.emit("load_done", rank=rank)
+        bytes_and_seconds = (done, done, done, *[done / 1000] * 3)
+        retries = {"reset": 1, "status_503": 2}
+        counts = LoadCounts(*bytes_and_seconds, requests=done // 100, retries=retries)
+        log.emit(LoadProgressed(rank, counts))
+    log.emit(LoadDone(rank))

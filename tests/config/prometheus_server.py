@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+
+from waiting import wait_for
 
 CONFIG = Path(__file__).parents[2] / "config"
 SCRAPE_SECONDS = 1
@@ -86,13 +87,16 @@ class Prometheus:
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         """Return once `condition` holds; fail with the end of the log when it does not."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            log = self._log.read_text()[-3000:]
+
+        def log() -> str:
+            return self._log.read_text()[-3000:]
+
+        def holds() -> bool:
             assert self._process is not None
-            assert self._process.poll() is None, log
-            assert time.monotonic() < deadline, f"not true within {seconds} s; {log}"
-            time.sleep(0.1)
+            assert self._process.poll() is None, log()
+            return condition()
+
+        wait_for(holds, seconds, every=0.1, said=log)
 
     def _answers(self) -> bool:
         try:

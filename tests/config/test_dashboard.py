@@ -115,7 +115,7 @@ def test_every_rule_is_evaluated_without_an_error(prometheus: Prometheus) -> Non
     assert [rule for rule in evaluated() if rule["health"] != "ok"] == []
 
 
-def test_queries_and_rules_use_only_metrics_that_somebody_exports(tmp_path: Path) -> None:
+def test_queries_and_rules_use_only_metrics_that_are_exported(tmp_path: Path) -> None:
     """Ours by the collector, vLLM's by the names in its loggers.py."""
     write_complete_log(tmp_path, "http://127.0.0.1:1/health")
     ours = {
@@ -170,7 +170,7 @@ def test_panels_stand_inside_the_grid_and_not_over_each_other() -> None:
         assert apart, f"{title} and {other} overlap"
 
 
-def test_grafana_is_told_of_the_data_source_at_the_pace_of_prometheus() -> None:
+def test_grafana_has_the_data_source_at_prometheus_pace() -> None:
     """$__rate_interval is made from it: too small a one leaves rates empty."""
     provisioning = CONFIG / "grafana" / "provisioning"
     sources = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())

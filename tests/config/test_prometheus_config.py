@@ -55,7 +55,7 @@ def test_the_jobs_ask_the_ports_that_the_image_opens() -> None:
 
 
 @pytest.mark.parametrize("name", alerts())
-def test_an_alert_says_how_bad_it_is_what_happened_and_what_to_do(name: str) -> None:
+def test_an_alert_says_severity_cause_and_remedy(name: str) -> None:
     """Whoever is woken by it has nothing else at first."""
     alert = alerts()[name]
     assert alert["labels"]["severity"] in {"critical", "warning"}

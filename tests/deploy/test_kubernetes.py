@@ -32,11 +32,12 @@ from rendering import (
     rendered,
 )
 
+from tensorserve.config.launch_plan import LaunchPlan, make_plan
+from tensorserve.config.settings import Settings
 from tensorserve.errors import ConfigurationError
-from tensorserve.plan import LaunchPlan, make_plan
-from tensorserve.preflight import SHARED_MEMORY_BYTES, STATE_BYTES
-from tensorserve.settings import Settings
-from tensorserve.sources.addresses import METADATA
+from tensorserve.launch.preflight import SHARED_MEMORY_BYTES, STATE_BYTES
+from tensorserve.launch.stopping import supervisor_seconds
+from tensorserve.sources.ssrf_guard import METADATA
 from tensorserve.telemetry.exporter import Exporter
 
 PAGE = ROOT / "docs" / "kubernetes.md"
@@ -47,8 +48,6 @@ CUSTOM = {
     "PodMonitor": "monitoring.coreos.com/v1",
     "LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1",
 }
-# `tensorserve up` gives the engine this much more than vLLM's own time to drain.
-STOP_SECONDS = 6
 
 every_pod = pytest.mark.parametrize("pod", list(pods()), ids=str)
 every_example = pytest.mark.parametrize("example", EXAMPLES)
@@ -270,11 +269,12 @@ def test_what_lies_in_memory_is_large_enough_and_counted(pod: Pod) -> None:
 @every_pod
 def test_the_grace_period_covers_a_stop(pod: Pod, tmp_path: Path) -> None:
     """preStop, then vLLM's time for running requests, then the end of the processes."""
-    settings, _ = plan_of(pod, tmp_path)
-    drain = int(dict(settings.flags)["shutdown-timeout"][0].partition("=")[2])
+    drain = plan_of(pod, tmp_path)[1].options.drain_seconds
+    assert drain > 0
     stop = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
     seconds = int(stop.get("command", ["sleep", "0"])[1])
-    assert pod.spec["terminationGracePeriodSeconds"] >= seconds + drain + STOP_SECONDS + 5
+    stopped = supervisor_seconds(drain, serving=True)
+    assert pod.spec["terminationGracePeriodSeconds"] >= seconds + stopped + 5
 
 
 # --- probes and ports ---
@@ -383,13 +383,12 @@ def test_the_parallel_sizes_use_every_gpu_of_the_group(tmp_path: Path) -> None:
     size = group["spec"]["leaderWorkerTemplate"]["size"]
     for pod in pods():
         if pod.example == "leaderworkerset":
-            settings, plan = plan_of(pod, tmp_path)
-            pipeline = dict(settings.flags)["pipeline-parallel-size"][0].partition("=")[2]
+            _, plan = plan_of(pod, tmp_path)
             assert plan.tensor_parallel_size == gpus(pod)
-            assert int(pipeline) == size
+            assert plan.options.parallel.pipeline == size
 
 
-def test_leader_and_worker_differ_in_what_serves_and_in_nothing_else() -> None:
+def test_leader_and_worker_differ_only_in_what_serves() -> None:
     """One start on two machines: other settings in one of them would end in a hang."""
     leader, worker = (p for p in pods() if p.example == "leaderworkerset")
     assert worker.arguments == (
@@ -410,7 +409,7 @@ def test_leader_and_worker_differ_in_what_serves_and_in_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("example", ["base", "overlays/cpu"])
-def test_the_network_policy_lets_in_and_out_what_a_pod_needs_and_no_more(example: str) -> None:
+def test_the_network_policy_allows_only_what_a_pod_needs(example: str) -> None:
     """It selects the pod, names its ports, and leads to no place that hands out credentials."""
     (policy,) = of_kind(example, "NetworkPolicy")
     (pod,) = (pod for pod in pods() if pod.example == example)

@@ -1,14 +1,16 @@
 """Run as a program: `LLM(...)` for each of the cases on standard input, one after the other.
 
 In: {"prompts": [...], "cases": [{"uri": …, "settings": {…}} or {"llm": {…}}]}, the latter also with
-"tensorizer": what vLLM's TensorizerConfig is made of. Out: for each case the texts, as last line;
-with "log_probabilities": true also each text's, as words.
+"tensorizer": what vLLM's TensorizerConfig is made of. A case with "spawn" starts vLLM's processes
+as at a user's; the others fork, so that they need not import vLLM again. Out: for each case the
+texts, as last line; with "log_probabilities": true also each text's, as words.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import sys
 
 from vllm import LLM, SamplingParams
@@ -23,7 +25,10 @@ def main() -> None:
     """Answer the prompts with each case's model."""
     work = json.load(sys.stdin)
     found = []
+    get_context = multiprocessing.get_context
     for case in work["cases"]:
+        method = "spawn" if case.get("spawn") else "fork"
+        multiprocessing.get_context = lambda _=None, method=method: get_context(method)
         kwargs = case.get("llm") or llm_kwargs(case["uri"], **case.get("settings", {}))
         if "tensorizer" in case:
             kwargs["model_loader_extra_config"] = TensorizerConfig(**case["tensorizer"])

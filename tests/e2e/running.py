@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from s3server import free_ports
 
+from waiting import wait_for
+
 BIN = Path(sys.executable).parent
 READY_SECONDS = 240.0
 # Settings that make vLLM's CPU build start as fast as it can; the same for all engines compared.
 ENGINE_FLAGS = {"ENFORCE_EAGER": "true", "MAX_MODEL_LEN": "512", "MAX_NUM_SEQS": "4"}
+# Stock vLLM is asked these once a session (conftest.py), for all that compare SmolLM2's answers.
+STOCK_PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Water boils at",
+    "Once upon a time, in a small village,",
+    "1 2 3 4",
+]
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+# Of an eager engine, torch compiles small functions at the first request. It checks the compiler in
+# each process first, and 60 s are too few on a busy machine: the engine then dies
+# (torch/_inductor/cpu_vec_isa.py, 2.13.0).
+UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}
+
+
+def forking() -> dict[str, str]:
+    """Variables with which stock vLLM forks its processes, so that it is imported once.
+
+    torch compiles nothing. Its check of the compiler has 60 s in each process, on a busy machine
+    too few: the engine then dies (torch/_inductor/cpu_vec_isa.py, 2.13.0).
+    One OpenMP thread: a process that was forked cannot use the threads of its parent. The libraries
+    are those that vLLM's CPU build preloads when it spawns (vllm/platforms/cpu.py, 0.32.0).
+    """
+    found = []
+    for package, pattern in (("vllm", "libs/libtcmalloc*.so*"), ("torch", "lib/libgomp*.so*")):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        found += sorted(Path(spec.origin).parent.glob(pattern))[:1]
+    return {
+        "PYTHONPATH": str(Path(__file__).with_name("forking")),
+        "LD_PRELOAD": ":".join(map(str, found)),
+        "OMP_NUM_THREADS": "1",
+        **UNCOMPILED,
+    }
 
 
 def clean_environment() -> dict[str, str]:
@@ -66,17 +103,18 @@ class Running:
         """Wait until /health answers; fail as soon as the process ends."""
         self.wait_for(lambda: self.get("/health")[0] == 200, READY_SECONDS)
 
-    def wait_for(self, condition: Any, seconds: float) -> None:
-        """Wait for `condition`, a callable, with a deadline."""
-        assert self.process is not None
-        deadline = time.monotonic() + seconds
-        pause = threading.Event()
-        while not condition():
-            if self.process.poll() is not None:
-                raise AssertionError(f"ended with {self.process.returncode}:\n{self.text[-4000:]}")
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not in time:\n{self.text[-4000:]}")
-            pause.wait(0.1)
+    def wait_for(self, condition: Callable[[], object], seconds: float) -> None:
+        """Wait for `condition`; fail as soon as the process ends."""
+
+        def holds() -> bool:
+            assert self.process is not None
+            if condition():
+                return True
+            code = self.process.poll()
+            assert code is None, f"ended with {code}:\n{self.text[-4000:]}"
+            return False
+
+        wait_for(holds, seconds, every=0.1, said=lambda: self.text[-4000:])
 
     def get(self, path: str, port: int | None = None) -> tuple[int, bytes]:
         """(status, body); status 0 where nobody answers."""
@@ -104,7 +142,7 @@ class Running:
                     "seed": 0,
                 },
             )
-            assert status == 200, answer
+            assert status == 200, f"{answer}\n{self.text[-8000:]}"
             choice = answer["choices"][0]
             results.append((choice["text"], choice["logprobs"]["token_logprobs"]))
         return results
@@ -122,12 +160,7 @@ class Running:
     def kill(self) -> None:
         """Leave nothing behind, whatever went wrong."""
         assert self.process is not None
-        for pid in session_processes(self.process.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait()
+        end_session(self.process)
 
     def __enter__(self) -> Running:
         self.start()
@@ -146,14 +179,22 @@ class Running:
 
 
 class Tensorserve(Running):
-    """`tensorserve up` on free ports, with a state directory of its own."""
+    """`tensorserve up` on free ports, with a state directory of its own.
 
-    def __init__(self, directory: Path, environ: dict[str, str], *arguments: str) -> None:
+    With `spawn`, or where tests run with TEST_IMPORT_ONCE=off, vLLM is imported after the checks,
+    and again in each of its processes.
+    """
+
+    def __init__(
+        self, directory: Path, environ: dict[str, str], *arguments: str, spawn: bool = False
+    ) -> None:
         port, self.metrics_port = free_ports(2)
         self.state_dir = directory / "state"
+        once = "off" if spawn else os.environ.get("TEST_IMPORT_ONCE", "auto")
         environment = (
             clean_environment()
             | CPU_ENVIRONMENT
+            | {"TENSORSERVE_IMPORT_ONCE": once}
             | {f"TENSORSERVE_VLLM_{name}": value for name, value in ENGINE_FLAGS.items()}
             | {
                 "TENSORSERVE_STATE_DIR": str(self.state_dir),
@@ -167,6 +208,8 @@ class Tensorserve(Running):
             }
             | environ
         )
+        if environment["TENSORSERVE_VLLM_ENFORCE_EAGER"] == "true":
+            environment |= UNCOMPILED
         command = [str(BIN / "tensorserve"), "up", *(("--", *arguments) if arguments else ())]
         super().__init__(command, environment, directory / "up.log", port)
 
@@ -196,7 +239,7 @@ class Tensorserve(Running):
 
 
 def stock_vllm(directory: Path, model: Path) -> Running:
-    """Stock `vllm serve` on a Hugging Face directory, with the same flags."""
+    """Stock `vllm serve` on a Hugging Face directory, with the same flags; it forks."""
     (port,) = free_ports(1)
     flags = []
     for name, value in ENGINE_FLAGS.items():
@@ -206,7 +249,8 @@ def stock_vllm(directory: Path, model: Path) -> Running:
         str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "model", *flags,
     ]  # fmt: skip
-    return Running(command, clean_environment() | CPU_ENVIRONMENT, directory / "vllm.log", port)
+    environment = clean_environment() | CPU_ENVIRONMENT | forking()
+    return Running(command, environment, directory / "vllm.log", port)
 
 
 def request(
@@ -218,12 +262,21 @@ def request(
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(message, timeout=60) as response:
+        # Two ranks that spin on cores which other tests use as well take minutes for a prompt.
+        with opener.open(message, timeout=300 if body else 60) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
     except OSError:
         return 0, b""
+
+
+def end_session(leader: subprocess.Popen[Any]) -> None:
+    """Kill all processes of the session that `leader` leads, and their descendants."""
+    for pid in session_processes(leader.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    leader.wait()
 
 
 def session_processes(session: int) -> list[int]:

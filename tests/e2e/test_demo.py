@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +13,10 @@ from pathlib import Path
 import pytest
 from running import session_processes
 
+from waiting import wait_for
+
 DEMO = Path(__file__).parents[2] / "demo" / "demo.py"
+CACHE = os.fsencode(DEMO.parents[1] / ".cache" / "demo")
 
 
 def start(log: Path) -> subprocess.Popen[bytes]:
@@ -40,7 +41,7 @@ def children_of_demo() -> set[int]:
                 words = (entry / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b".cache/demo" in words or b"tensorserve-demo-" in words:
+            if CACHE in words or b"tensorserve-demo-" in words:
                 found.add(int(entry.name))
     return found
 
@@ -95,16 +96,17 @@ def test_a_closed_terminal_stops_everything(tmp_path: Path) -> None:
     assert children_of_demo() != set()
     make.kill()  # where SIGHUP is ignored (nohup), it would live on
     make.wait(10)
-    deadline = time.monotonic() + 30
-    while session_processes(make.pid) or children_of_demo():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+    wait_for(
+        lambda: not (session_processes(make.pid) or children_of_demo()),
+        30,
+        every=0.1,
+        said=log.read_text,
+    )
 
 
 def wait_for_text(log: Path, demo: subprocess.Popen[bytes], text: str) -> None:
-    deadline = time.monotonic() + 120
-    pause = threading.Event()
-    while text not in log.read_text():
+    def printed() -> bool:
         assert demo.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        pause.wait(0.02)
+        return text in log.read_text()
+
+    wait_for(printed, 120, every=0.02, said=log.read_text)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import BIN, CPU_ENVIRONMENT, Running, Tensorserve, clean_environment
+from running import BIN, CPU_ENVIRONMENT, Running, Tensorserve, clean_environment, forking
 from s3server import S3Server, free_ports
 from test_readme import block_with, blocks
 
@@ -98,7 +98,8 @@ def test_the_vllm_serve_block(tmp_path: Path, place: Path, s3: S3Server) -> None
     flags = " ".join([*FAST, "--host", "127.0.0.1", "--port", str(port)])
     engine = Running(
         ["bash", "-euc", f"cd {place}; exec {block} {flags} --served-model-name model"],
-        clean_environment() | CPU_ENVIRONMENT | s3.environment,
+        # The Python block spawns, as at a user's.
+        clean_environment() | CPU_ENVIRONMENT | forking() | s3.environment,
         tmp_path / "vllm.log",
         port,
     )

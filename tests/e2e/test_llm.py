@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import tiny_models
 import torch
-from running import BIN, CPU_ENVIRONMENT, Running, clean_environment, stock_vllm
+from running import BIN, CPU_ENVIRONMENT, Running, clean_environment, forking, stock_vllm
 from s3server import S3Server
 
 from rangeserver import RangeServer
+from s3_clients import s3_client
 
 PROMPTS = ["The capital of France is", "1 2 3 4"]
 OFFLINE = Path(__file__).with_name("offline.py")
@@ -32,7 +32,7 @@ def answers(
         input=json.dumps(
             {"prompts": PROMPTS, "log_probabilities": log_probabilities, "cases": cases}
         ),
-        env=clean_environment() | CPU_ENVIRONMENT | environ,
+        env=clean_environment() | CPU_ENVIRONMENT | forking() | environ,
         capture_output=True,
         text=True,
         check=False,
@@ -60,10 +60,15 @@ def packed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, s3: S3Serv
 
 
 def test_llm_loads_from_disk_http_and_s3(
-    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
+    tmp_path: Path,
+    packed: Path,
+    model_dir: Path,
+    s3: S3Server,
+    stock_answers: dict[str, tuple[str, list[float]]],
 ) -> None:
-    """Two models in one process, from three places (S3: by both readers), and by vLLM's own
-    options; each LLM has its own weights."""
+    """Two models in one process, from three places (S3: by both readers), one by vLLM's own
+    options; each LLM has its own weights. Where the key goes by value, vLLM spawns its processes:
+    nothing of what they need is inherited. With vLLM's options test_from_vllm.py spawns them."""
     other = tiny_models.llama(tmp_path / "other", model_dir, torch.bfloat16, tied=False)
     pack(other, str(tmp_path / "tiny"), tmp_path / "tiny.key")
     by_options = {
@@ -78,43 +83,35 @@ def test_llm_loads_from_disk_http_and_s3(
             "deserialization_kwargs": {"num_readers": 2, "verify_hash": True},
         },
     }
-    tiny_key = {"key_file": str(tmp_path / "tiny.key")}
+    by_value = {"key": (tmp_path / "tiny.key").read_bytes().hex()}
     reference = {"key_file": str(packed / "key"), "loader": "reference"}
-    with RangeServer(packed / "bundle") as server:
-        smollm2, tiny, over_http, by_reference, with_options = answers(
+    with RangeServer(tmp_path / "tiny") as server:
+        stock_tiny, smollm2, over_http, by_reference, with_options = answers(
             [
+                # First: nothing of ours has run in this process.
+                {"llm": {"model": str(other)}},
                 {"uri": str(packed / "bundle"), "settings": {"key_file": str(packed / "key")}},
-                {"uri": str(tmp_path / "tiny"), "settings": tiny_key},
-                {"uri": server.url, "settings": {"key": (packed / "key").read_bytes().hex()}},
+                {"uri": server.url, "settings": by_value, "spawn": True},
                 {"uri": "s3://llm/smollm2", "settings": reference},
                 {"llm": by_options},
             ],
             log_probabilities=True,
             **s3.environment,
         )
-    stock_smollm2, stock_tiny = answers(
-        [{"llm": {"model": str(model_dir)}}, {"llm": {"model": str(other)}}],
-        log_probabilities=True,
-    )
-    assert len(stock_smollm2) == 2 * len(PROMPTS)
-    assert smollm2 == over_http == by_reference == with_options == stock_smollm2
-    assert tiny == stock_tiny != smollm2
+    stock = [stock_answers[prompt] for prompt in PROMPTS]
+    stock_smollm2 = [text for text, _ in stock] + [str(found) for _, found in stock]
+    assert smollm2 == by_reference == with_options == stock_smollm2
+    assert over_http == stock_tiny != smollm2
 
 
 def test_vllm_serve_takes_its_own_options(
-    tmp_path: Path, packed: Path, model_dir: Path, s3: S3Server
+    tmp_path: Path,
+    packed: Path,
+    stock_answers: dict[str, tuple[str, list[float]]],
+    s3: S3Server,
 ) -> None:
     """`vllm serve DIR --load-format tensorizer`, encrypted; the key comes from S3."""
-    with stock_vllm(tmp_path, model_dir) as stock:
-        stock.wait_ready()
-        wanted = stock.completions("model", PROMPTS)
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint_url,
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-        region_name="us-east-1",
-    )
+    client = s3_client(s3)
     client.put_object(Bucket="llm", Key="the.key", Body=(packed / "key").read_bytes())
     engine = stock_vllm(tmp_path, packed / "bundle")
     engine.environment |= s3.environment
@@ -122,7 +119,7 @@ def test_vllm_serve_takes_its_own_options(
     engine.command += [json.dumps({"encryption_keyfile": "s3://llm/the.key"})]
     with engine:
         engine.wait_ready()
-        assert engine.completions("model", PROMPTS) == wanted
+        assert engine.completions("model", PROMPTS) == [stock_answers[p] for p in PROMPTS]
 
 
 def test_a_wrong_option_ends_vllm_with_our_words(tmp_path: Path, packed: Path) -> None:

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from running import request
+from s3server import free_ports
 from safetensors.torch import save_file
 from tensorizer import EncryptionParams, TensorSerializer
+
+from waiting import wait_for
 
 PROGRAM = str(Path(sys.executable).with_name("tensorserve"))
 KEY = bytes(range(32))
@@ -47,25 +49,20 @@ class Outcome:
         assert "INFO" not in self.text, "vLLM printed something"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Up:
     """Runs `tensorserve up` with a clean environment and free ports."""
 
     def __init__(self, state_dir: Path) -> None:
         self.state_dir = state_dir
+        port, metrics_port = free_ports(2)
         self.base = {
             "PATH": os.environ["PATH"],
             "HOME": str(state_dir),
             "TENSORSERVE_STATE_DIR": str(state_dir / "state"),
             "TENSORSERVE_HOST": "127.0.0.1",
             "TENSORSERVE_METRICS_HOST": "127.0.0.1",
-            "TENSORSERVE_PORT": str(free_port()),
-            "TENSORSERVE_METRICS_PORT": str(free_port()),
+            "TENSORSERVE_PORT": str(port),
+            "TENSORSERVE_METRICS_PORT": str(metrics_port),
             "TENSORSERVE_FETCH_DEADLINE": "3",
             # Nobody scrapes these starts (but one).
             "TENSORSERVE_FAILURE_LINGER": "0",
@@ -148,7 +145,7 @@ def test_no_model_uri(up: Up) -> None:
 
 def test_a_uri_of_a_wrong_scheme(up: Up) -> None:
     """Names those that work."""
-    up({"TENSORSERVE_MODEL_URI": "gs://b/m"}).must_be(78, "'gs'", "s3://")
+    up({"TENSORSERVE_MODEL_URI": "gcs://b/m"}).must_be(78, "'gcs'", "gs://")
 
 
 def test_an_unknown_vllm_flag(up: Up) -> None:
@@ -232,7 +229,7 @@ def test_no_key_for_an_encrypted_file(up: Up, encrypted: Path) -> None:
 
 
 def test_a_key_for_a_plain_file(up: Up, plain: Path) -> None:
-    """Somebody may have replaced the file."""
+    """The file may have been replaced."""
     outcome = up({"TENSORSERVE_MODEL_URI": str(plain), "TENSORSERVE_KEY": KEY.hex()})
     outcome.must_be(78, "not encrypted")
 
@@ -313,9 +310,9 @@ def test_weights_that_are_not_those_of_the_manifest(up: Up, tmp_path: Path) -> N
 
 
 def test_an_empty_name_of_a_secrets_file(up: Up) -> None:
-    """As an unset variable of a compose file gives."""
-    up({"TENSORSERVE_MODEL_URI": "/m", "TENSORSERVE_KEY_FILE": " "}).must_be(
-        78, "TENSORSERVE_KEY_FILE is empty"
+    """As an unset variable of a compose file gives: there is no key then, and it is said."""
+    up({"TENSORSERVE_MODEL_URI": "/no-such-bundle", "TENSORSERVE_KEY_FILE": " "}).must_be(
+        65, "TENSORSERVE_KEY_FILE is set to nothing", "/no-such-bundle does not exist"
     )
 
 
@@ -331,18 +328,22 @@ def test_the_metrics_outlive_a_failure_until_they_were_asked(up: Up, encrypted: 
     )
     try:
         log = up.state_dir / "state" / "events.jsonl"
-        deadline = time.monotonic() + 60
-        while not (log.exists() and '"engine_exit"' in log.read_text()):
-            assert time.monotonic() < deadline
+
+        def failed() -> bool:
             assert process.poll() is None
-            time.sleep(0.05)
+            return log.exists() and '"engine_exit"' in log.read_text()
+
+        wait_for(failed, 60)
         url = f"http://127.0.0.1:{environ['TENSORSERVE_METRICS_PORT']}/metrics"
         # The mistake may be found before the exporter is up.
-        while (answer := request(url))[0] != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        body = answer[1]
-        assert 'tensorserve_failures_total{reason="wrong_key"} 1.0' in body.decode()
+        answers: list[tuple[int, bytes]] = []
+
+        def answered() -> bool:
+            answers.append(request(url))
+            return answers[-1][0] == 200
+
+        wait_for(answered, 60)
+        assert b'tensorserve_failures_total{reason="wrong_key"} 1.0' in answers[-1][1]
         # 120 s if it did not notice.
         assert process.wait(30) == 65
     finally:

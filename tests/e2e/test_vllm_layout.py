@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import BIN, Tensorserve, clean_environment, stock_vllm
+from engine_processes import named_processes, ways
+from running import BIN, Tensorserve, clean_environment, session_processes, stock_vllm
 from s3server import S3Server
 from tensorizer import EncryptionParams, TensorSerializer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,7 +129,7 @@ def test_foreign_shards_in_vllms_layout_are_loaded_in_place(
             assert copied == size
 
 
-def test_shards_that_pack_made_with_vllm_are_loaded_by_their_ranks(
+def test_shards_made_with_vllm_are_loaded_by_their_ranks(
     tmp_path: Path, tiny: Path, wanted: Answers
 ) -> None:
     """`pack --tensor-parallel-size 2`, encrypted: each rank reads its own file, and only that.
@@ -172,7 +173,12 @@ def test_shards_that_pack_made_with_vllm_are_loaded_by_their_ranks(
 def test_ranks_share_one_file_and_fetch_it_once(
     tmp_path: Path, tiny: Path, wanted: Answers, s3: S3Server, prefetch: str
 ) -> None:
-    """Hugging Face layout on S3: both ranks read all of it, over the network it comes once."""
+    """Hugging Face layout on S3: over the network it comes once, with and without prefetching.
+
+    With prefetch vLLM is imported in each process (TENSORSERVE_IMPORT_ONCE=off), and each rank
+    opens all of the file. Without it vLLM is imported once, and each rank opens a half, for both
+    (TENSORSERVE_SHARE_LOAD=on). The answers are those of stock vLLM both times.
+    """
     s3.make_bucket(f"prefetch-{prefetch}")
     uri = f"s3://prefetch-{prefetch}/tiny"
     words = [str(BIN / "tensorserve"), "pack", str(tiny), uri, "--encrypt"]
@@ -186,15 +192,31 @@ def test_ranks_share_one_file_and_fetch_it_once(
         "TENSORSERVE_VLLM_TENSOR_PARALLEL_SIZE": str(RANKS),
         "TENSORSERVE_PREFETCH": prefetch,
     }
-    with Tensorserve(tmp_path, BINDING | s3.environment | settings) as engine:
+    spawn = prefetch == "auto"
+    shares = not spawn
+    settings["TENSORSERVE_SHARE_LOAD"] = "on" if shares else "auto"
+    environ = BINDING | s3.environment | settings
+    with Tensorserve(tmp_path, environ, spawn=spawn) as engine:
         engine.wait_ready()
         assert engine.completions("model", PROMPTS) == wanted
+        assert named_processes(engine).keys() >= {"EngineCore", "Worker_TP0", "Worker_TP1"}
+        if spawn:
+            assert ways(engine) == {None: ("spawn", "TENSORSERVE_IMPORT_ONCE=off")}
         events = engine.events()
+        assert engine.process is not None
+        assert engine.stop() == 143
+        assert session_processes(engine.process.pid) == []
     ahead = [e for e in events if e["event"] == "prefetch_progress"]
     size = sum(e["bytes"] for e in events if e["event"] == "load_plan" and e["rank"] == 0)
     assert size <= ahead[-1]["bytes"] < 1.1 * size
+    opened = 0
     for rank in range(RANKS):
+        (plan,) = [e for e in events if e["event"] == "load_plan" and e["rank"] == rank]
+        assert plan["sharing"] == ("shared" if shares else "auto")
         (*_, last) = [e for e in events if e["event"] == "load_progress" and e["rank"] == rank]
-        assert last["fetch"] == size
+        assert last["fetch"] == last["decrypt"] == plan["opens"]
+        assert last["copy"] == plan["bytes"] == size
+        opened += plan["opens"]
         # To open it, and to read its index and prove the key: no request for weights.
         assert last["requests"] <= 6, last
+    assert opened == (size if shares else RANKS * size)

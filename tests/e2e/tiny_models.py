@@ -44,6 +44,12 @@ def llama(directory: Path, tokenizer: Path, dtype: torch.dtype, *, tied: bool) -
     return _save(LlamaForCausalLM, config, directory, tokenizer, dtype)
 
 
+def one_layer(directory: Path, tokenizer: Path) -> Path:
+    """A Llama of which there is little to compile."""
+    config = LlamaConfig(**_SIZES | {"num_hidden_layers": 1}, tie_word_embeddings=True)
+    return _save(LlamaForCausalLM, config, directory, tokenizer, torch.bfloat16)
+
+
 def wrongly_tied(directory: Path, tokenizer: Path) -> Path:
     """A head of its own, which config.json denies: fine-tuning tools leave such directories."""
     llama(directory, tokenizer, torch.bfloat16, tied=False)
@@ -147,6 +153,60 @@ def eagle(directory: Path, model: Path) -> Path:
     save_file(weights, directory / WEIGHTS, {"format": "pt"})
     config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
     config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def eagle3(directory: Path, model: Path) -> Path:
+    """EAGLE 3's head for a Llama of two layers: one layer over embedding and hidden states, which
+    has a head of its own and the model's embedding."""
+    stored = load_file(model / WEIGHTS)
+    layer = {
+        name.partition("layers.1.")[2]: tensor
+        for name, tensor in stored.items()
+        if "layers.1." in name
+    }
+    weights = {f"midlayer.{name}": tensor for name, tensor in layer.items()}
+    for projection in ("q", "k", "v"):
+        name = f"midlayer.self_attn.{projection}_proj.weight"
+        weights[name] = torch.cat([weights[name]] * 2, 1) / 2
+    weights["midlayer.hidden_norm.weight"] = layer["input_layernorm.weight"].clone()
+    weights["fc.weight"] = torch.cat([torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)], 1)
+    weights["norm.weight"] = stored["model.norm.weight"]
+    weights["lm_head.weight"] = stored["lm_head.weight"]
+    directory.mkdir()
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file(weights, directory / WEIGHTS, {"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": _SIZES["vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": [1, 2],
+        "num_aux_hidden_states": 2,
+    }
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def medusa(directory: Path, model: Path) -> Path:
+    """Two of Medusa's heads for a Llama: each a layer, and a matrix over the vocabulary."""
+    head = load_file(model / WEIGHTS)["lm_head.weight"]
+    weights = {}
+    for number in range(2):
+        layer = torch.eye(HIDDEN, dtype=torch.bfloat16) * number
+        weights[f"blocks.{number}.layers.0.weight"] = layer
+        weights[f"lm_heads.{number}.weight"] = head.clone()
+    directory.mkdir()
+    save_file(weights, directory / WEIGHTS, {"format": "pt"})
+    config = {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": HIDDEN,
+        "vocab_size": _SIZES["vocab_size"],
+        "num_heads": 2,
+        "num_hidden_layers": 1,
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 

@@ -12,10 +12,11 @@ from loading import digest
 from proxy import FaultProxy
 from s3server import S3Server
 from safetensors.torch import save_file
-from stored import BUCKET, KEY, Stored, client, tensors
+from stored import BUCKET, KEY, Stored, tensors
 
+from s3_clients import s3_client
 from tensorserve.format import read_index
-from tensorserve.packing import pack
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
@@ -36,7 +37,7 @@ def no_other_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def _no_thread_is_left() -> Iterator[None]:
     """However a load ended, its threads end too."""
     yield
-    wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("tensorserve")], 5)
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("tensorserve")])
 
 
 def _store(s3: S3Server, directory: Path, name: str, seed: int) -> Stored:
@@ -46,9 +47,9 @@ def _store(s3: S3Server, directory: Path, name: str, seed: int) -> Stored:
     content = tensors(seed)
     save_file(content, source / "model.safetensors", {"format": "pt"})
     pack(source, str(bundle), access=Access(), key=Secret(KEY))
-    s3_client = client(s3)
+    owner = s3_client(s3)
     for path in bundle.iterdir():
-        s3_client.upload_file(str(path), BUCKET, f"{name}/{path.name}")
+        owner.upload_file(str(path), BUCKET, f"{name}/{path.name}")
     opened = LocalSource(bundle / "model.tensors")
     index = read_index(opened)
     opened.close()

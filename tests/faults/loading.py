@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tensorserve.bundle.tensors_file import open_tensors
 from tensorserve.format import FileKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
-from tensorserve.opening import open_tensors
 from tensorserve.sources import Access
 
 
@@ -26,7 +26,7 @@ class Load:
     @property
     def retries(self) -> dict[str, int]:
         """By reason, as in the metric tensorserve_load_retries_total."""
-        return dict(self.progress.snapshot()["retries"])
+        return dict(self.progress.snapshot().retries)
 
 
 def load(

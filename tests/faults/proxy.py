@@ -11,17 +11,17 @@ import random
 import re
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
+
+from http_server import Handler, HttpServer, reset
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _STEP = 64 * 1024
@@ -69,7 +69,8 @@ class Fault:
     after: int = 1000
     rate: float = 1000.0
     code: int = 503
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)
+    """Or a function that makes them when the fault fires."""
     body: bytes = b""
     hook: Callable[[Asked], None] | None = None
     label: str = ""
@@ -88,7 +89,7 @@ class Fault:
         return asked.first >= self.beyond
 
 
-class FaultProxy:
+class FaultProxy(HttpServer):
     """`with FaultProxy(upstream_url) as proxy:`; faults are taken in the order of `faults`."""
 
     def __init__(
@@ -101,48 +102,16 @@ class FaultProxy:
         resets: int = 0,
     ) -> None:
         """`resets`: so many connections are reset before anything is said on them."""
-        self.upstream = urlsplit(upstream)
+        super().__init__(_Handler, port=port, tls=tls)
+        self.upstream = urlsplit(upstream).netloc
         self.faults: list[Fault] = []
         self.fired: Counter[str] = Counter()
         self.requests: list[Asked] = []
-        self.stopping = threading.Event()
         self.resets = resets
         self.host: str | None = None
         """The Host to pass on, where that of the request is not to stay."""
-        self._scheme = "https" if tls else "http"
         self._random = random.Random(seed)
         self._lock = threading.Lock()
-        owner = self
-
-        class Handler(_Handler):
-            proxy = owner
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def verify_request(self, request: Any, _address: Any) -> bool:
-                return not owner.reset_connection(request)
-
-            def handle_error(self, request: Any, address: Any) -> None:
-                """A client that leaves is what these tests are about."""
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        if tls:
-            # The handshake happens in the connection's own thread, at its first read.
-            self._server.socket = tls.wrap_socket(
-                self._server.socket, server_side=True, do_handshake_on_connect=False
-            )
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return int(self._server.server_address[1])
-
-    @property
-    def url(self) -> str:
-        """http(s)://127.0.0.1:port"""
-        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def add(self, kind: str, **options: Any) -> Fault:
         """One more fault; `times=0` means without end."""
@@ -173,42 +142,19 @@ class FaultProxy:
         if fault.hook is not None:
             fault.hook(asked)
 
-    def reset_connection(self, connection: Any) -> bool:
-        """Whether this connection was reset before anything was said on it."""
+    def admits(self, connection: socket.socket) -> bool:
+        """False where this connection was reset before anything was said on it."""
         with self._lock:
             if self.resets <= 0:
-                return False
+                return True
             self.resets -= 1
             self.fired["connection"] += 1
         reset(connection)
-        return True
-
-    def __enter__(self) -> FaultProxy:
-        threading.Thread(
-            target=self._server.serve_forever, args=(0.02,), name="proxy", daemon=True
-        ).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
+        return False
 
 
-def reset(connection: socket.socket) -> None:
-    """SO_LINGER with 0 seconds: the kernel sends RST instead of FIN when it is closed."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    proxy: FaultProxy
+class _Handler(Handler):
+    owner: FaultProxy
 
     def do_GET(self) -> None:
         self._serve()
@@ -216,27 +162,28 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        asked = self.proxy.note(self.command, self.path, dict(self.headers.items()))
-        fault = self.proxy.take(asked)
+        body = self.body()
+        asked = self.owner.note(self.command, self.path, dict(self.headers.items()))
+        fault = self.owner.take(asked)
         kind = fault.kind if fault else ""
         if fault and kind in {"status", "whole"}:
-            self.proxy.count(fault, asked)
-            self._answer(200 if kind == "whole" else fault.code, fault.headers, fault.body)
+            self.owner.count(fault, asked)
+            headers = fault.headers() if callable(fault.headers) else fault.headers
+            self.answer(200 if kind == "whole" else fault.code, headers, fault.body)
         elif fault and kind == "silent":
-            self.proxy.count(fault, asked)
+            self.owner.count(fault, asked)
             self.close_connection = True
-            self.proxy.stopping.wait(_SILENCE)
+            self.owner.stopping.wait(_SILENCE)
         elif fault and kind == "drip":
-            self.proxy.count(fault, asked)
+            self.owner.count(fault, asked)
             self.close_connection = True
             self._drip()
         else:
             if fault and kind == "none":
-                self.proxy.count(fault, asked)
+                self.owner.count(fault, asked)
             self._pass_on(asked, body, fault)
 
-    def _answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.send_response_only(status)
         for name, value in ({"Date": self.date_time_string()} | dict(headers)).items():
             self.send_header(name, value)
@@ -247,26 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _drip(self) -> None:
         """A header that never ends, ten bytes a second."""
         self.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX-Slow: ")
-        while not self.proxy.stopping.wait(0.1):
+        while not self.owner.stopping.wait(0.1):
             self.wfile.write(b"x")
 
     def _pass_on(self, asked: Asked, body: bytes, fault: Fault | None) -> None:
-        upstream = self.proxy.upstream
-        connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=20)
-        try:
-            connection.putrequest(
-                self.command, self.path, skip_host=True, skip_accept_encoding=True
-            )
-            for name, value in self.headers.items():
-                if self.proxy.host and name.lower() == "host":
-                    value = self.proxy.host
-                connection.putheader(name, value)
-            connection.endheaders(body or None)
-            answer = connection.getresponse()
+        headers = [
+            (name, self.owner.host if self.owner.host and name.lower() == "host" else value)
+            for name, value in self.headers.items()
+        ]
+        with self.passed_on(self.owner.upstream, self.path, headers, body) as answer:
             self._send_header(answer, asked, fault)
             self._send_body(answer, asked, fault)
-        finally:
-            connection.close()
 
     def _send_header(
         self, answer: http.client.HTTPResponse, asked: Asked, fault: Fault | None
@@ -278,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             if low in {"connection", "keep-alive", "transfer-encoding"}:
                 continue
             if low == "content-range" and fault and kind in {"range", "no_range"}:
-                self.proxy.count(fault, asked)
+                self.owner.count(fault, asked)
                 if kind == "no_range":
                     continue
                 value = f"bytes {asked.first + 1}-{asked.last + 1}/{value.rpartition('/')[2]}"
@@ -297,18 +235,18 @@ class _Handler(BaseHTTPRequestHandler):
             if fault and kind == "flip" and fault.at is not None:
                 place = fault.at - asked.first - sent
                 if 0 <= place < len(data):
-                    self.proxy.count(fault, asked)
+                    self.owner.count(fault, asked)
                     data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             self.wfile.write(data)
             sent += len(data)
             if fault and sent == fault.after and kind in {"reset", "short", "stall", "slow"}:
-                self.proxy.count(fault, asked)
+                self.owner.count(fault, asked)
                 if kind == "slow":
                     self._trickle(answer, fault)
                 elif kind == "stall":
-                    self.proxy.stopping.wait(_SILENCE)
+                    self.owner.stopping.wait(_SILENCE)
                 elif kind == "reset":
-                    reset(self.connection)
+                    self.reset()
                 self.close_connection = True
                 return
 
@@ -321,21 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         piece = max(1, int(fault.rate / 20))
         while data := answer.read(piece):
             self.wfile.write(data)
-            if self.proxy.stopping.wait(len(data) / fault.rate):
+            if self.owner.stopping.wait(len(data) / fault.rate):
                 return
-
-    def handle(self) -> None:
-        """The client may leave in the middle: half of these tests make it."""
-        with suppress(OSError, http.client.HTTPException):
-            super().handle()
-
-    def finish(self) -> None:
-        """As above."""
-        with suppress(OSError, ValueError):
-            super().finish()
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
 
 
 class WireProxy:

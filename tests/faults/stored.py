@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import boto3
 import torch
 from s3server import S3Server
 from safetensors.torch import save_file
 
+from s3_clients import s3_client
+from tensorserve.bundle.keys import GivenKey
 from tensorserve.format import FileIndex
-from tensorserve.keys import GivenKey
-from tensorserve.packing import pack
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, RetryPolicy, S3Access
 
@@ -81,7 +81,7 @@ class Stored:
 
     def client(self) -> Any:
         """Of the S3 server itself, past any proxy."""
-        return client(self.s3)
+        return s3_client(self.s3)
 
     def put(self, data: bytes) -> None:
         """Another object takes its name, as an upload does."""
@@ -106,14 +106,3 @@ class Stored:
         """A byte in the middle of a tensor's data."""
         record = next(r for r in self.index.tensors if r.name == name)
         return record.data_offset + record.length // 2
-
-
-def client(s3: S3Server, key: str = "", secret: str = "") -> Any:
-    """boto3's, with the server's own keys or others."""
-    return boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint_url,
-        aws_access_key_id=key or s3.access_key,
-        aws_secret_access_key=secret or s3.secret_key,
-        region_name="us-east-1",
-    )

@@ -15,9 +15,9 @@ from proxy import FaultProxy
 from safetensors.torch import save_file
 from stored import BUCKET, KEY, Stored, tensors
 
-from tensorserve.artifacts import fetch_artifacts
+from tensorserve.bundle.download import fetch_artifacts
 from tensorserve.errors import ConfigurationError
-from tensorserve.packing import pack
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 
@@ -67,7 +67,7 @@ def model(tmp_path: Path) -> Path:
 # F10 ----------------------------------------------------------------------------------------------
 
 
-def test_f10_a_state_directory_without_room_is_found_before_the_start(
+def test_f10_a_full_state_directory_is_found_before_the_start(
     stored: Stored, mounted: Mounted
 ) -> None:
     """F10: exit code 78 with the path and both figures; the source is not even asked."""
@@ -79,9 +79,7 @@ def test_f10_a_state_directory_without_room_is_found_before_the_start(
     assert not proxy.requests
 
 
-def test_f10_a_read_only_state_directory_is_found_before_the_start(
-    stored: Stored, mounted: Mounted
-) -> None:
+def test_f10_a_read_only_state_directory_is_found_first(stored: Stored, mounted: Mounted) -> None:
     """F10: exit code 78 with the path and the reason."""
     disk = mounted("100m", "ro")
     code, text = command(stored, None, "check", TENSORSERVE_STATE_DIR=f"{disk}/state")
@@ -97,9 +95,7 @@ def refused_pack(model: Path, place: Path, **options: object) -> str:
     return str(caught.value)
 
 
-def test_f10_packing_to_a_disk_that_is_too_small_is_refused_at_once(
-    model: Path, mounted: Mounted
-) -> None:
+def test_f10_packing_to_too_small_a_disk_is_refused_at_once(model: Path, mounted: Mounted) -> None:
     """F10: both figures, and nothing is written."""
     disk = mounted("1m")
     assert f"{disk} has 1048576 bytes free, the bundle needs" in refused_pack(model, disk / "b")
@@ -130,7 +126,7 @@ def test_f10_a_disk_that_fills_up_while_packing_is_cleaned(model: Path, mounted:
     assert [path.name for path in disk.iterdir()] == ["other"]
 
 
-def test_f10_small_files_that_do_not_fit_are_found_before_they_are_fetched(
+def test_f10_small_files_that_do_not_fit_are_not_fetched(
     stored: Stored, proxy: FaultProxy, mounted: Mounted
 ) -> None:
     """F10: configuration and tokenizer go to the state directory; the bundle's listing says how
@@ -168,7 +164,7 @@ def put(stored: Stored, prefix: str, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("limit", ["machine", "control group"])
-def test_f11_weights_larger_than_the_host_memory_are_refused_before_the_start(
+def test_f11_weights_beyond_host_memory_are_refused_first(
     stored: Stored, tmp_path: Path, limit: str
 ) -> None:
     """F11: exit code 78 with both figures. What the kernel says is replaced, for this command

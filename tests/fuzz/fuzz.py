@@ -6,7 +6,8 @@
 A seeded mutator over the seeds in `tests/fuzz/seeds` and words that parsers stumble over, so it
 needs nothing that is in no lock. Guided by coverage is fuzz_index.py (atheris). Each target gets
 the same share of the inputs. A finding ends the run with 1; its input is kept in
-tests/fuzz/found/<target>-<hash>, where tests/unit/test_fuzz_seeds.py replays it from then on.
+tests/fuzz/found/<target>-<hash>, where tests/unit/project/test_project_fuzz_seeds.py replays it
+from then on.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ TEXTS = (
     *("[", "]", "{", "}", '"', "\\", "\\u0000", "\\ud800", ":", ",", "null", "true", "-1", "1.5"),
     *("0", "1e999", "NaN", "Infinity", "1000000000", "9" * 20, "9" * 41, "9" * 4400, "1,"),
     *("%", "%2e%2e", "%2f", "%00", "%03d", "%0d", "%s", "%%", "..", "../", "./", "//", "/"),
+    *("'", "\u00a0", "\ufeff", "\u200b", "~/", "s3:/", "AWS_", "S3_", "=\n"),
     *("@", "?", "#", "&", "=", " ", "\t", "\n", "\r\n", "\0", "\x1b[2J", "\x7f", "ü", "\u202e"),
     *("http://", "https://", "s3://", "file://", "HTTPS://", "user:CANARY@", "u:p/CANARY@"),
+    *("gs://", "az://", "hf://", "hf://o/m@", "AZURE_", "STORAGE_EMULATOR_HOST=", "AccountName="),
     *("[::1]", "[", "::ffff:169.254.169.254", "169.254.169.254", "2852039166", "0xA9FEA9FE"),
     *(".tensors", "model-rank-%03d.tensors", "vllm/", "localhost", ":65536", ":x", ":٣"),
     *("TENSORSERVE_", "TENSORSERVE_VLLM_", "\n--\n", "--", "-tp", "--port", "--api-key"),

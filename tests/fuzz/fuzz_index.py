@@ -30,7 +30,7 @@ def fuzz() -> None:
 
     with atheris.instrument_imports(
         include=[f"tensorserve.format.{part}" for part in ("bounded", "dtypes", "header", "index")]
-        + ["tensorserve.format.names", "tensorserve.format.reader"]
+        + ["tensorserve.format.tensor_names", "tensorserve.format.read_tensor"]
     ):
         import tensorserve.format  # noqa: F401
     from index_target import check

@@ -6,6 +6,7 @@ replays those that were worth keeping.
 
 from __future__ import annotations
 
+import math
 import struct
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from tensorizer.serialization import TensorType, _MetadataDeserializer
 
 from tensorserve.errors import CorruptError
 from tensorserve.format import (
+    ITEM_SIZES,
     FileIndex,
     TensorHeader,
     TensorRecord,
@@ -91,7 +93,9 @@ def _check_index(index: FileIndex) -> None:
         assert before.end == record.header_offset
     for record in tensors:
         assert FIXED_SIZE <= record.header_offset < record.data_offset <= record.end <= index.size
-        assert record.length == (0 if record.is_meta else record.nbytes)
+        assert record.length == (
+            0 if record.is_meta else math.prod(record.shape) * ITEM_SIZES[record.dtype]
+        )
         assert all(0 <= dimension < 2**63 for dimension in record.shape)
         record.name.encode()  # can be printed
     assert tensors[-1].end + 8 == index.size

@@ -6,6 +6,7 @@ of our errors with an exit code of its own, or an answer that the rest of the pr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import struct
 import tempfile
@@ -13,17 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tensorserve.bounded_json import read_json
-from tensorserve.bundle_names import leaves_bundle
-from tensorserve.checkpoint import read_safetensors
+from tensorserve.bundle.adapters import rank_of
+from tensorserve.bundle.engine_fingerprint import MOST_RANKS
+from tensorserve.bundle.file_names import leaves_bundle
+from tensorserve.bundle.location import served_name_of, split_model_uri
+from tensorserve.bundle.manifest import parse_manifest
+from tensorserve.bundle.wrapped_keys import MOST_RECIPIENTS
+from tensorserve.config.launch_plan import describe, make_plan
+from tensorserve.config.settings import Settings
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
-from tensorserve.fingerprint import MOST_RANKS
-from tensorserve.lora import rank_of
-from tensorserve.manifest import parse_manifest
-from tensorserve.plan import describe, make_plan, served_name_of, split_model_uri
+from tensorserve.format.safetensors import read_safetensors
+from tensorserve.launch.codec import decode, encode
+from tensorserve.launch.context import Start
 from tensorserve.secret import redact_uri
-from tensorserve.settings import Settings
 from tensorserve.sources import join
-from tensorserve.sources.addresses import host_and_port
+from tensorserve.sources.curl import Callback, Job, curl
+from tensorserve.sources.curl_transport import received_headers
+from tensorserve.sources.schemes import scheme_of
+from tensorserve.telemetry.probe import SCHEMES, split_health_url
+from tensorserve.wrapping.base import WrappedKey
+from tensorserve.wrapping.vault import _split
 
 PASSWORD = "CANARY"
 """In URIs: what must not be shown where it stands at the end of the user info."""
@@ -38,9 +48,31 @@ def manifest(data: bytes) -> str:
     for name in [*made.tensors_files, *(entry.name for entry in made.files)]:
         assert not leaves_bundle(name)
         assert not any(part == ".." for part in name.split("/"))
+    if made.wrapped_keys is not None:
+        assert made.parameters is not None
+        assert 0 < len(made.wrapped_keys.recipients) <= MOST_RECIPIENTS
+        for entry in made.wrapped_keys.recipients:
+            text = f"{entry} {entry.wrapped}"
+            assert text.isascii()
+            assert text.isprintable()
+            assert len(text) < 9_000
+            _asked_of(entry)
     if made.fingerprint is not None:
         assert made.fingerprint.ranks <= MOST_RANKS
     return "accepted"
+
+
+def _asked_of(entry: WrappedKey) -> None:
+    """What a manifest names is a key of this service, or refused; nothing is asked here."""
+    if entry.provider != "vault":
+        return
+    try:
+        mount, key = _split(entry.key)
+    except ConfigurationError:
+        return
+    parts = [*mount.split("/"), key]
+    assert all(part.strip(".") for part in parts), entry.key
+    assert not set("%?#@:\\") & set(entry.key), entry.key
 
 
 def json_of_others(data: bytes) -> str:
@@ -87,8 +119,7 @@ def uri(data: bytes) -> str:
     _check_shown(text, " ".join(plan.argv))
     for template in plan.tensors:
         joined = join(plan.bundle_uri, plan.shards(template)[0])
-        if joined.startswith(("http://", "https://")):
-            host_and_port(joined, "fuzzed")
+        scheme_of(joined).check(joined)
     again, names = split_model_uri(settings.model_uri)
     assert (again, names) == (plan.bundle_uri, plan.tensors)
     name = served_name_of(settings.model_uri)
@@ -112,6 +143,13 @@ def settings(data: bytes) -> str:
         json.dumps(describe(plan, read))
     except ConfigurationError as error:
         return _refused(error)
+    _check_sendable(read)
+    start = Start(read, plan)
+    assert decode(Start, json.loads(json.dumps(encode(start)))) == start
+    scheme, place, port = split_health_url(plan.health_url)
+    assert scheme in SCHEMES
+    assert place
+    assert port is None or 0 < port < 65536
     assert 0 < plan.port < 65536
     assert 1 <= plan.tensor_parallel_size <= MOST_RANKS
     return "accepted"
@@ -122,7 +160,14 @@ def name(data: bytes) -> str:
     text = data.decode(errors="surrogateescape")
     if leaves_bundle(text):
         return "refused"
-    for base in ("https://host/a?sig=1", "https://host", "file:///a", "s3://bucket/a", "/a"):
+    for base in (
+        "https://host/a?sig=1",
+        "https://host",
+        "file:///a",
+        "s3://bucket/a",
+        "hf://o/m",
+        "/a",
+    ):
         joined = join(base, text)
         if base.startswith("https"):
             path = joined.partition("://host")[2].partition("?")[0]
@@ -130,6 +175,59 @@ def name(data: bytes) -> str:
             assert "#" not in path
             assert not {"..", "."} & set(path.split("/"))
     return "accepted"
+
+
+def answer(data: bytes) -> str:
+    """A response's header: what fetch.c takes without Python, Python has to take as well."""
+    found = curl()
+    assert found is not None, "fetch.c is not built, or libcurl is not here"
+    head, judged = ctypes.create_string_buffer(32 * 1024), []
+    job = Job(
+        head=ctypes.addressof(head),
+        head_size=len(head),
+        content_range=b"bytes 5-14/100",
+        etag=b'"a"',
+        wanted=10,
+        judge=Callback(lambda: judged.append(1) or 0),
+        next=Callback(lambda: 0),
+    )
+    for line in data.split(b"\n"):  # as libcurl gives it: whole lines
+        ended = line + b"\n"
+        if not found.header_line(ctypes.byref(job), ended, len(ended)):
+            break
+    assert 0 <= job.head_length <= len(head)
+    assert job.status >= -1
+    if not job.judged or judged:
+        return "refused"
+    headers = received_headers(head.raw[: job.head_length])
+    assert job.status == 206
+    expected = {"Content-Range": "bytes 5-14/100", "ETag": '"a"', "Content-Length": "10"}
+    assert {name: headers.get(name) for name in expected} == expected
+    assert "Content-Encoding" not in headers
+    assert "Transfer-Encoding" not in headers
+    return "accepted"
+
+
+def _check_sendable(read: Settings) -> None:
+    """No line break, nor anything else that no header has, in what goes into a request."""
+    s3 = read.s3
+    secrets = (s3.access_key_id, s3.secret_access_key, s3.session_token)
+    texts = [secret.reveal_text() for secret in secrets if secret is not None]
+    azure = read.azure
+    stores = (azure.connection_string, azure.account_key, azure.sas_token, azure.client_secret)
+    secrets = (*stores, read.hub.token)
+    texts += [secret.reveal_text() for secret in secrets if secret is not None]
+    places = (s3.region, s3.endpoint_url, read.gcs.emulator_host, read.hub.endpoint)
+    texts += [text for text in places if text is not None]
+    vault = read.vault
+    texts += [secret.reveal_text() for secret in (vault.token,) if secret is not None]
+    texts += [vault.address] if vault.address is not None else []
+    for text in texts:
+        assert text
+        assert not any(ord(character) < 33 or ord(character) == 127 for character in text), text
+    for _, secret in read.secret_flags:
+        assert not any(ord(character) < 32 for character in secret.reveal_text())
+    assert all(value for name, value in read.environment if name.startswith("AWS_"))
 
 
 def _check_shown(text: str, shown: str) -> None:
@@ -143,7 +241,7 @@ def _check_shown(text: str, shown: str) -> None:
         and scheme.lower() != "file"
         and rest.count(PASSWORD) == 1
         and ":" in before.partition("/")[0]
-        and not (scheme.lower() == "s3" and "/" in before)
+        and not (scheme.lower() in {"s3", "gs", "az", "hf"} and "/" in before)
     ):
         assert PASSWORD not in shown, shown
 
@@ -161,4 +259,5 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "uri": uri,
     "settings": settings,
     "name": name,
+    "answer": answer,
 }

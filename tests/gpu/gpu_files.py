@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tensorizer import EncryptionParams, TensorSerializer
 
-from tensorserve.loading.schedule import JOB_BYTES, PART_BYTES, SMALL_BYTES
-from tensorserve.packing import pack
+from tensorserve.loading.tuning import DEFAULTS
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 
@@ -42,17 +42,28 @@ def noise(count: int, seed: int = 7) -> torch.Tensor:
 
 def sizes() -> Tensors:
     """Around each boundary of the way: small, part, job; and a few parts with a rest."""
-    counts = [1, 3, 1000, SMALL_BYTES, SMALL_BYTES + 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1]
-    counts += [JOB_BYTES, 5 * PART_BYTES + 3, 20 * PART_BYTES]
+    counts = [
+        1,
+        3,
+        1000,
+        DEFAULTS.small_bytes,
+        DEFAULTS.small_bytes + 1,
+        DEFAULTS.part_bytes - 1,
+        DEFAULTS.part_bytes,
+        DEFAULTS.part_bytes + 1,
+    ]
+    # The last is more than the tests with the least `ahead` hold (16 MiB).
+    counts += [DEFAULTS.job_bytes, 5 * DEFAULTS.part_bytes + 3, 9 * DEFAULTS.part_bytes]
     return {f"t{number}": noise(count, number) for number, count in enumerate(counts)}
 
 
 def dtypes() -> Tensors:
-    """One small and one large tensor of each dtype that tensorizer writes."""
+    """One small and one larger tensor of each dtype that tensorizer writes: of 8 bytes an element
+    and more, it is longer than a part."""
     made = {}
     for number, name in enumerate(DTYPES):
         dtype = getattr(torch, name)
-        for shape in ((3, 5, 7), (1024, 1100)):
+        for shape in ((3, 5, 7), (512, 550)):
             count = shape[0] * shape[1] * (shape[2] if len(shape) > 2 else 1)
             values = noise(count * dtype.itemsize, number)
             if name == "bool":
@@ -73,7 +84,7 @@ def empty() -> Tensors:
         "first": torch.empty(0),
         "a": noise(1000),
         "b": torch.empty((3, 0), dtype=torch.float16),
-        "c": noise(3 * PART_BYTES, 3),
+        "c": noise(3 * DEFAULTS.part_bytes, 3),
         "last": torch.empty((0, 5), dtype=torch.int8),
     }
 
@@ -88,8 +99,18 @@ def equal_ones() -> Tensors:
     return {f"t{number}": noise(4 * MIB, number) for number in range(24)}
 
 
+def few() -> Tensors:
+    """Twelve of 4 MiB, for loads that fail in the middle."""
+    return {f"t{number}": noise(4 * MIB, number) for number in range(12)}
+
+
+def smallest() -> Tensors:
+    """A part, a part and a rest, next to nothing."""
+    return {"part": noise(2**21, 1), "rest": noise(2**21 + 17, 2), "little": noise(3, 3)}
+
+
 CONTENTS: dict[str, Callable[[], Tensors]] = {
-    made.__name__: made for made in (sizes, dtypes, many, empty, large, equal_ones)
+    made.__name__: made for made in (sizes, dtypes, many, empty, large, equal_ones, few, smallest)
 }
 
 

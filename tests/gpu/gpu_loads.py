@@ -13,14 +13,14 @@ import torch
 from gpu_files import KEY, MIB
 from tensorizer import DecryptionParams, TensorDeserializer
 
-from tensorserve.checked_load import checked_as
+from tensorserve.bundle.keys import GivenKey
+from tensorserve.engine.checked_load import checked_as
 from tensorserve.format import FileIndex, TensorRecord, read_index
-from tensorserve.keys import GivenKey
+from tensorserve.launch.context import Shard
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.loading.gpu_staging import GpuStaging
 from tensorserve.loading.reference import ReferenceStream
-from tensorserve.loading.staging import Staging
 from tensorserve.sources.local import LocalSource
-from tensorserve.start import Shard
 
 RING = 64 * MIB
 LOADERS = ("auto", "reference")
@@ -84,7 +84,7 @@ def ours(
         progress=LoadProgress(),
         place=place,
         staged=staged,
-        staging=Staging(device, ring, ahead_bytes=ahead),
+        staging=GpuStaging(device, ring, ahead_bytes=ahead),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from pathlib import Path
@@ -18,12 +19,26 @@ from tensorserve.sources.local import LocalSource
 # Allocators, and the driver, need some loads until they have what they keep.
 _WARM_UP = {"cuda": 10, "cpu": 4}
 _LOADS = {"cuda": 50, "cpu": 10}
-# Which memory allocators keep depends on which thread was first; a load is some 64 MiB.
-_SLACK = 64 * MIB
+# A load is some 45 MiB. On a GPU, what the driver and the allocators keep is not all known.
+_SLACK = {"cuda": 64 * MIB, "cpu": 16 * MIB}
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def used(device: torch.device) -> dict[str, int]:
-    """Bytes by kind; threads, by number."""
+@pytest.fixture(autouse=True, scope="module")
+def large_blocks_are_given_back() -> None:
+    """By default glibc raises what it counts as large, and keeps up to 180 MiB in its heaps here:
+    which of them depends on which thread was first.
+    """
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024) == 1
+
+
+def used(device: torch.device, others: set[threading.Thread]) -> dict[str, int]:
+    """Bytes by kind; threads, by number. `others` may run on.
+
+    A thread that has done its work may still be on its way out, with the last tensor in its hands.
+    """
+    for thread in set(threading.enumerate()) - others:
+        thread.join(30)
     gc.collect()
     synchronize(device)
     status = Path("/proc/self/status").read_text()
@@ -51,19 +66,19 @@ def test_many_loads_take_no_more_than_the_first(
 ) -> None:
     """Of the device, by torch's count and by the driver's; page-locked; resident; threads."""
     path = files.path("sizes", chunk)
+    others = set(threading.enumerate())
     before: dict[str, int] = {}
     for number in range(_LOADS[device.type]):
         if number == _WARM_UP[device.type]:
-            before = used(device)
+            before = used(device, others)
         found = loaded(path, device, **options)
         assert len(found) == len(files.tensors("sizes"))
         del found
-    after = used(device)
+    after = used(device, others)
     grown = {name: after[name] - before[name] for name in before}
-    # A thread in a read when all was done may still be on its way out.
-    assert grown.pop("threads") <= 4
+    assert grown.pop("threads") == 0
     assert grown.pop("device, by torch", 0) == 0
-    assert all(more < _SLACK for more in grown.values()), grown
+    assert all(more < _SLACK[device.type] for more in grown.values()), grown
 
 
 def test_tensors_that_are_let_go_of_leave_the_device(files: Files, device: torch.device) -> None:
@@ -71,12 +86,14 @@ def test_tensors_that_are_let_go_of_leave_the_device(files: Files, device: torch
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    before = used(device)
-    source = LocalSource(files.path("equal_ones", "2MiB"))
+    path = files.path("equal_ones", "2MiB")  # made now, if no test has
+    others = set(threading.enumerate())
+    before = used(device, others)
+    source = LocalSource(path)
     with ours(source, device, ring=0, ahead=32 * MIB) as stream:
         for _, tensor in stream:
             del tensor
-    after = used(device)
+    after = used(device, others)
     if device.type == "cuda":
         assert after["device, by torch"] == before["device, by torch"]
         peak = torch.cuda.max_memory_allocated(device) - before["device, by torch"]

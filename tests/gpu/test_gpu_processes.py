@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_files import Files, write
-from smallest_load import tensors
+from gpu_files import Files, smallest, write
 
 HERE = Path(__file__).parent
 _SECONDS = 200
@@ -48,7 +47,7 @@ def test_the_smallest_load_under_compute_sanitizer(gpu: torch.device, tmp_path: 
 
 def _smallest(under: list[str], device: torch.device, directory: Path) -> None:
     path = directory / "smallest.tensors"
-    write(path, tensors(), "2MiB")
+    write(path, smallest(), "2MiB")
     words = [*under, sys.executable, str(HERE / "smallest_load.py"), str(path), str(device)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from gpu_work import BusyLink, side_stream, slow, synchronize
 
-from tensorserve.loading.staging import SLOT_BYTES, Staging
+from tensorserve.loading.gpu_staging import SLOT_BYTES, GpuStaging
 
 
 def test_slots_are_page_locked(device: torch.device) -> None:
     """Else each copy would go through the driver's own buffer, and wait."""
-    staging = Staging(device, 8 * SLOT_BYTES)
+    staging = GpuStaging(device, 8 * SLOT_BYTES)
     slots = [staging.take() for _ in range(8)]
     assert all(len(slot) == SLOT_BYTES for slot in slots)
     assert len({slot.data_ptr() for slot in slots}) == 8
@@ -29,7 +29,7 @@ def test_a_slot_is_not_filled_while_it_is_sent(device: torch.device, slots: int)
     """Eight threads on a busy link, each slot written over as soon as it can be had."""
     link = BusyLink(device)
     with side_stream(device):
-        staging = Staging(device, slots * SLOT_BYTES)
+        staging = GpuStaging(device, slots * SLOT_BYTES)
         rounds = 12
         targets = [staging.memory(rounds * SLOT_BYTES) for _ in range(8)]
         link.occupy(20)
@@ -59,7 +59,7 @@ def test_what_was_sent_is_there_after_joining(device: torch.device) -> None:
     """On the consumer's stream, without waiting for the device; on a stream of its own too."""
     link = BusyLink(device)
     with side_stream(device):
-        staging = Staging(device, 4 * SLOT_BYTES)
+        staging = GpuStaging(device, 4 * SLOT_BYTES)
         memory = staging.memory(SLOT_BYTES)
         memory.fill_(0xA5)
         link.occupy(20)
@@ -75,7 +75,7 @@ def test_what_was_sent_is_there_after_joining(device: torch.device) -> None:
 def test_closing_waits_for_what_is_on_its_way(device: torch.device) -> None:
     """After a load that ended early, its memory may be used for something else."""
     link = BusyLink(device)
-    staging = Staging(device, 4 * SLOT_BYTES)
+    staging = GpuStaging(device, 4 * SLOT_BYTES)
     memory = staging.memory(SLOT_BYTES)
     link.occupy(20)
     slot = staging.take()
@@ -95,7 +95,7 @@ def test_closing_waits_for_what_is_on_its_way(device: torch.device) -> None:
 def test_threads_do_not_wait_for_a_busy_consumer(device: torch.device) -> None:
     """Only memory is waited for, not the consumer's work: sending goes on beside it."""
     with side_stream(device):
-        staging = Staging(device, 64 * SLOT_BYTES)
+        staging = GpuStaging(device, 64 * SLOT_BYTES)
         memory = staging.memory(SLOT_BYTES)
         slow(device, 500)
         done = None

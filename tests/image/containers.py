@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from running import request
 from s3server import free_ports
+
+from waiting import wait_for
 
 # An arbitrary user of group 0: nobody that the image knows.
 USER = 123456
@@ -121,11 +122,11 @@ class Container:
         return done.stdout
 
     def wait_ready(self, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while request(f"http://127.0.0.1:{self.metrics_port}/readyz")[0] != 200:
+        def ready() -> bool:
             assert self.state("Running") == "true", self.log
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.5)
+            return request(f"http://127.0.0.1:{self.metrics_port}/readyz")[0] == 200
+
+        wait_for(ready, seconds, every=0.5, said=lambda: self.log)
 
     def compiled(self) -> set[str]:
         """Kernels in the cache, with their times: one that is compiled again has another time."""

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from containers import complaints, needs_podman, tracebacks
 from queries import panels
 from running import request
 from s3server import free_ports
+
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "tensorserve-test"
@@ -95,10 +96,7 @@ class Stack:
         )  # fmt: skip
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"waited for {what} in vain"
-            time.sleep(0.5)
+        wait_for(condition, seconds, every=0.5, said=lambda: what)
 
     def query(self, expression: str) -> list[float]:
         """The values that Prometheus gives for an expression."""
@@ -221,7 +219,7 @@ def test_the_gpu_service_is_hardened_as_the_demo_is() -> None:
     assert product["healthcheck"]["test"] == ["CMD", "tensorserve", "health"]
 
 
-def test_the_gpu_service_has_gpus_limits_and_secrets_that_are_files() -> None:
+def test_the_gpu_service_has_gpus_limits_and_secret_files() -> None:
     """What compose gives a container that needs a GPU, and no secret in its environment."""
     product = SERVICES["tensorserve"]
     resources = product["deploy"]["resources"]
@@ -236,7 +234,7 @@ def test_the_gpu_service_has_gpus_limits_and_secrets_that_are_files() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_is_hardened_and_publishes_on_loopback_alone(name: str) -> None:
+def test_services_are_hardened_and_publish_on_loopback_alone(name: str) -> None:
     """Also those beside the product; who wants a port open says so."""
     service = SERVICES[name]
     assert service["read_only"] is True

@@ -64,7 +64,9 @@ def filled(model: str, kind: str, *, leave_out: bool) -> tuple[str, int]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from tensorserve.vllm_ranks import dropped_here
+    from tensorserve.engine.loader import fill
+    from tensorserve.engine.memory_writes import Watch
+    from tensorserve.engine.rank_filter import dropped_here
 
     config = EngineArgs(model=model, enforce_eager=True, max_model_len=512).create_engine_config()
     # Only afterwards: vLLM would look for the other rank's processor.
@@ -75,7 +77,9 @@ def filled(model: str, kind: str, *, leave_out: bool) -> tuple[str, int]:
         config.parallel_config.enable_expert_parallel = True
     given = 0
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        module = initialize_model(vllm_config=config)
+        watch = Watch()
+        with watch.birth():
+            module = initialize_model(vllm_config=config)
         for parameter in module.parameters():
             parameter.data.zero_()
         dropped = dropped_here(module, balanced=False)
@@ -88,7 +92,8 @@ def filled(model: str, kind: str, *, leave_out: bool) -> tuple[str, int]:
                         given += tensor.nbytes
                         yield name, tensor
 
-        module.load_weights(weights())
+        # Also asks whether all of this rank's parameters are filled.
+        fill(watch, module, weights())
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         digest.update(name.encode())

@@ -70,12 +70,21 @@ def test_llm_kwargs_of_two_ranks(tmp_path: Path, model_dir: Path, s3: S3Server) 
     # One core for each rank: vLLM would otherwise give both the same ones.
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     given = {"key_file": str(key_file), "tensor_parallel_size": 2}
-    (ours,) = answers([{"uri": uri, "settings": given}], **binding, **s3.environment)
+    # vLLM's own way, where each rank reads the manifest for itself.
+    options = {"tensorizer_uri": f"{uri}/model.tensors", "encryption_keyfile": str(key_file)}
+    by_options = {
+        "model": str(model),
+        "load_format": "tensorizer",
+        "model_loader_extra_config": options,
+        "tensor_parallel_size": 2,
+    }
+    ways = [{"uri": uri, "settings": given}, {"llm": by_options}]
+    ours, vllms = answers(ways, **binding, **s3.environment)
     (stock,) = answers([{"llm": {"model": str(model), "tensor_parallel_size": 2}}], **binding)
-    assert ours == stock
+    assert ours == vllms == stock
 
 
-def test_layout_vllm_goes_to_a_bucket_and_opens_with_a_passphrase(
+def test_layout_vllm_goes_to_a_bucket_under_a_passphrase(
     tmp_path: Path, model_dir: Path, s3: S3Server
 ) -> None:
     """`pack --layout vllm --passphrase-file` to S3, served from there."""

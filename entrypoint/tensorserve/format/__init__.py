@@ -1,12 +1,14 @@
-"""The .tensors file format (tensorizer's), read with nothing taken on trust, and written.
+"""What does a .tensors file (tensorizer's format) say, and how is one written?
 
-``read_index`` gives what a file holds; ``parse_header`` how each tensor is sealed and hashed;
-``open_chunk`` opens what is sealed. ``read_tensor`` does all three for one tensor.
-``plan_file`` says how a new file will look, ``write_file`` writes it from front to back.
+Reading: ``read_index`` gives the tensors of a file, ``parse_header`` the hashes and the cipher's
+parameters of one tensor, ``open_chunk`` decrypts a chunk; ``read_tensor`` does all three. Every
+field of a file is checked before use. Writing: ``plan_file`` computes the layout of a new file,
+``write_file`` writes it sequentially.
 """
 
-from tensorserve.format.box import KEY_SIZE
-from tensorserve.format.crypto import (
+from tensorserve.crypto.backends import KEY_SIZE
+from tensorserve.crypto.incremental import STRIP_ALIGNMENT, StripOpener, opens_strips
+from tensorserve.crypto.secretbox import (
     TagMismatchError,
     derive_key,
     nonce_at,
@@ -25,7 +27,7 @@ from tensorserve.format.header import (
     verify_hashes,
 )
 from tensorserve.format.index import read_index
-from tensorserve.format.reader import open_tensor_chunk, read_header, read_tensor
+from tensorserve.format.read_tensor import open_tensor_chunk, read_header, read_tensor
 from tensorserve.format.records import (
     KIND_BUFFER,
     KIND_PARAMETER,
@@ -33,7 +35,6 @@ from tensorserve.format.records import (
     FileIndex,
     TensorRecord,
 )
-from tensorserve.format.strips import STRIP_ALIGNMENT, StripOpener, opens_strips
 from tensorserve.format.writer import (
     CHUNK_BYTES,
     FilePlan,

@@ -1,7 +1,7 @@
-"""Which torch dtype does a dtype string in a .tensors file stand for?
+"""Which torch dtype does a dtype string in a .tensors file mean?
 
-tensorizer writes numpy's array-protocol string (``<f4``); for dtypes that numpy lacks it writes
-an opaque one of the same size, a NUL, and torch's own name (``<V2\\0torch.bfloat16``).
+tensorizer writes numpy's array-protocol string (``<f4``). For dtypes that numpy lacks, it writes an
+opaque numpy dtype of the same size, a NUL, and torch's name (``<V2\\0torch.bfloat16``).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _OPAQUE_SIZES: dict[str, int] = {"|V1": 1, "<V2": 2, "<V4": 4, "<V8": 8}
 
 
 class UnknownDtypeError(ValueError):
-    """The dtype string is none that tensorizer writes and torch can hold; the text says why."""
+    """The dtype string is not one that tensorizer writes, or not a dtype of torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ class Dtype:
 
 @lru_cache(maxsize=128)
 def parse_dtype(raw: bytes) -> Dtype:
-    """The dtype that the bytes ``raw`` of a file stand for.
+    """The dtype with the string ``raw`` in a file.
 
-    Raises UnknownDtypeError for anything else, big-endian data included.
+    Raises UnknownDtypeError for an unknown dtype, and for big-endian data.
     """
     try:
         text = raw.decode("ascii")
@@ -95,7 +95,7 @@ def parse_dtype(raw: bytes) -> Dtype:
     module, _, name = torch_name.partition(".")
     size = ITEM_SIZES.get(name)
     if module != "torch" or size is None:
-        raise UnknownDtypeError(f"opaque dtype {text!r} names no dtype of torch")
+        raise UnknownDtypeError(f"opaque dtype {text!r} does not name a dtype of torch")
     if _OPAQUE_SIZES.get(carrier) != size:
         raise UnknownDtypeError(f"opaque dtype {text!r}: torch.{name} has {size} bytes an element")
     return Dtype(name, size, text)
@@ -103,9 +103,9 @@ def parse_dtype(raw: bytes) -> Dtype:
 
 @lru_cache(maxsize=128)
 def raw_dtype(name: str) -> bytes:
-    """The bytes that stand for torch's dtype ``name`` in a file, as tensorizer writes them.
+    """The string in a file for torch's dtype ``name``, as tensorizer writes it.
 
-    Raises UnknownDtypeError for one that a file cannot hold.
+    Raises UnknownDtypeError for a dtype that a file cannot hold.
     """
     for raw, known in _NUMPY_NAMES.items():
         if known == name:

@@ -1,8 +1,8 @@
-"""What does the header before a tensor's data say: its hashes, and how it is sealed?
+"""What does a tensor's header say: its hashes, and how its data is encrypted?
 
 Layout (tensorizer 2.12.1, serialization.py and _crypt_info.py), little-endian: u64 length of the
 header, u16 module, u8 kind, u16+name, u8+dtype, u8+shape, u16+hashes, in encrypted files u64+crypto
-section, i64 data length. Index and header say some things twice; both must agree.
+section, i64 data length. Fields that are in the index too must be equal there.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
-from tensorserve.errors import CorruptError
-from tensorserve.format.bounded import DAMAGED_HINT, BoundedReader
-from tensorserve.format.box import NONCE_SIZE, TAG_SIZE
-from tensorserve.format.crypto import (
+from tensorserve.crypto.backends import NONCE_SIZE, TAG_SIZE
+from tensorserve.crypto.secretbox import (
     ALGORITHM_ARGON2ID13,
     SALT_SIZE,
     nonce_at,
 )
+from tensorserve.errors import CorruptError
+from tensorserve.format.byte_reader import DAMAGED_HINT, BoundedReader
 from tensorserve.format.index import MIN_CHUNK
 from tensorserve.format.records import TensorRecord
 
@@ -34,7 +34,7 @@ _CHUNK_QUANTUM = 64
 
 @dataclass(frozen=True, slots=True)
 class PasswordHash:
-    """How the key comes from a passphrase: the arguments of crypto.derive_key, unchecked yet."""
+    """How a key is derived from a passphrase: arguments of derive_key, which checks them."""
 
     passes: int
     memory: int  # bytes
@@ -43,11 +43,11 @@ class PasswordHash:
 
 @dataclass(frozen=True, slots=True)
 class ChunkedCipher:
-    """The boxes that a tensor's data is sealed in: XSalsa20-Poly1305, a tag each."""
+    """The chunks of a tensor's data, each sealed with XSalsa20-Poly1305 and its own tag."""
 
-    chunk_size: int  # bytes; without meaning if there is one tag, then the whole tensor is one box
+    chunk_size: int  # bytes; ignored if there is a single tag: the whole tensor is one chunk then
     nonce: bytes  # of the first chunk
-    tags: bytes  # 16 bytes a chunk
+    tags: bytes  # 16 bytes for each chunk
 
     @property
     def count(self) -> int:
@@ -55,7 +55,10 @@ class ChunkedCipher:
         return len(self.tags) // TAG_SIZE
 
     def chunk_bounds(self, index: int, length: int) -> tuple[int, int]:
-        """Start and stop of chunk ``index`` in the tensor's ``length`` bytes of data."""
+        """(start, stop) of chunk ``index`` in the tensor's ``length`` bytes of data.
+
+        Raises IndexError.
+        """
         if not 0 <= index < self.count:
             raise IndexError(f"chunk {index} of {self.count}")
         if self.count == 1:
@@ -80,17 +83,17 @@ class TensorHeader:
     source_name: str
     hashes: tuple[tuple[str, bytes], ...]  # (CRC32 or SHA256, digest), over hashed + plaintext
     hashed: bytes  # the header as it is hashed: digests zeroed, crypto section left out
-    chunks: ChunkedCipher | None  # None: the data is plain, or there is none
+    chunks: ChunkedCipher | None  # None: the tensor is plain, or has no data
     key_derivation: PasswordHash | None  # None: sealed with a key, not a passphrase
 
     @property
     def sha256(self) -> bytes | None:
-        """Its SHA-256; None where an encrypted file leaves it out, as ours do (writer.py)."""
+        """The header's SHA-256; None if an encrypted file omits it, as writer.py does."""
         return dict(self.hashes).get(SHA256)
 
 
 class FileKey(Protocol):
-    """Gives the 32-byte key for a header; ``origin`` says where it came from, for messages."""
+    """Gives the 32-byte key for a header. ``origin`` says where the key came from, for messages."""
 
     @property
     def origin(self) -> str: ...
@@ -102,8 +105,8 @@ def parse_header(
 ) -> TensorHeader:
     """Parses ``data``, the bytes [record.header_offset, record.data_offset) of the file.
 
-    ``encrypted`` is the index's. Raises CorruptError, naming source and tensor, if the header
-    contradicts the index or itself, or leaves data of an encrypted file unsealed.
+    ``encrypted`` is FileIndex.encrypted. Raises CorruptError, naming source and tensor, if the
+    header contradicts the index or itself, or if the data of an encrypted file is not sealed.
     """
     header = bytes(data)
     where = f"{source_name}: header of tensor {record.name!r}"
@@ -130,7 +133,7 @@ def parse_header(
     hashes_length = reader.u16("hashes length")
     hashes_offset = reader.offset
     hashes, zeroed = _parse_hashes(reader.take(hashes_length, "hashes"), where)
-    # Nothing but its digest vouches for a plain tensor; a sealed one has its tags.
+    # A plain tensor is checked by its digest only; a sealed one has tags.
     check(encrypted or SHA256 in dict(hashes), "it holds no SHA-256")
     chunks, key_derivation = None, None
     if encrypted:
@@ -138,9 +141,9 @@ def parse_header(
         chunks, key_derivation = _parse_crypto(section, record.length, where)
         check(
             (chunks is not None) == (record.length > 0),
-            "its data is not sealed, although the file says that it is encrypted"
+            "its data is not sealed, although the file is marked as encrypted"
             if chunks is None
-            else "it describes sealed data where there is none",
+            else "it describes sealed data, but the tensor has no data",
         )
     crypto_end = reader.offset
     length = reader.i64("data length")
@@ -157,7 +160,7 @@ def parse_header(
 
 
 def _parse_hashes(section: bytes, where: str) -> tuple[tuple[tuple[str, bytes], ...], bytes]:
-    """The hashes, and the section with its digests zeroed (which is what is hashed)."""
+    """The hashes, and the section with its digests zeroed, as it is hashed."""
     reader = BoundedReader(section, f"{where}: hashes")
     zeroed = bytearray(section)
     found: dict[str, bytes] = {}
@@ -166,7 +169,7 @@ def _parse_hashes(section: bytes, where: str) -> tuple[tuple[tuple[str, bytes], 
         kind, expected = _HASHES.get(number, ("", -1))
         if size != expected or kind in found:
             raise CorruptError(
-                f"{where}: hash type {number} of {size} bytes is unknown or there twice.",
+                f"{where}: hash type {number} of {size} bytes is unknown or repeated.",
                 hint=DAMAGED_HINT,
             )
         start = reader.offset
@@ -193,15 +196,13 @@ def _parse_crypto(
             cipher = _parse_cipher(entry, length, where)
         else:
             raise CorruptError(
-                f"{where}: crypto entry of type {kind} is unknown or there twice.",
+                f"{where}: crypto entry of type {kind} is unknown or repeated.",
                 hint=DAMAGED_HINT,
             )
         entry.done("entry")
     reader.done("last entry")
     if derivation is not None and cipher is None:
-        raise CorruptError(
-            f"{where}: it derives a key but seals nothing with it.", hint=DAMAGED_HINT
-        )
+        raise CorruptError(f"{where}: it has a key derivation, but no cipher.", hint=DAMAGED_HINT)
     return cipher, derivation
 
 
@@ -229,7 +230,7 @@ def _parse_cipher(entry: BoundedReader, length: int, where: str) -> ChunkedCiphe
     count = entry.u64("number of tags")
     if chunk_size < MIN_CHUNK or chunk_size % _CHUNK_QUANTUM:
         raise CorruptError(
-            f"{where}: a chunk size of {chunk_size} bytes cannot be.", hint=DAMAGED_HINT
+            f"{where}: a chunk size of {chunk_size} bytes is not possible.", hint=DAMAGED_HINT
         )
     if count not in {1, -(-length // chunk_size)}:
         raise CorruptError(
@@ -240,29 +241,29 @@ def _parse_cipher(entry: BoundedReader, length: int, where: str) -> ChunkedCiphe
 
 
 class HashCheck:
-    """Compares digests with the plaintext, which may come in pieces, in order."""
+    """Compares digests with the plaintext, which is given in pieces, in order."""
 
     def __init__(self, header: TensorHeader, expected: bytes | None = None) -> None:
-        """``expected``: a SHA-256 from elsewhere (a manifest), beside those of the header."""
+        """``expected``: the manifest's SHA-256 (32 bytes), compared in addition to the header's."""
         self._header = header
         self._expected = expected
         self._sha256 = hashlib.sha256(header.hashed)
-        # tensorizer writes a CRC beside the SHA-256 in plain files only.
+        # tensorizer writes a CRC-32 beside the SHA-256 in plain files only.
         self._with_crc32 = any(kind == CRC32 for kind, _ in header.hashes)
         self._crc32 = zlib.crc32(header.hashed)
 
     def update(self, plaintext: Buffer) -> None:
-        """Takes the next bytes of the tensor. Releases the GIL for all but short ones."""
+        """Hashes the next bytes of the tensor. Releases the GIL, except for short pieces."""
         self._sha256.update(plaintext)
         if self._with_crc32:
             self._crc32 = zlib.crc32(plaintext, self._crc32)
 
     def digest(self) -> bytes:
-        """SHA-256 of header and plaintext so far, as tensorizer computes it."""
+        """SHA-256 of header and plaintext so far (32 bytes), as tensorizer computes it."""
         return self._sha256.digest()
 
     def compare(self) -> None:
-        """Raises CorruptError, naming source, tensor and digest, if any that there is differs."""
+        """Raises CorruptError, naming source, tensor and digest, if any digest differs."""
         found = {CRC32: self._crc32.to_bytes(4, "little"), SHA256: self._sha256.digest()}
         for kind, digest in self._header.hashes:
             if found[kind] != digest:
@@ -271,7 +272,7 @@ class HashCheck:
             raise self._differs("the sha256 that the manifest gives")
 
     def finish(self) -> None:
-        """As `compare`; CorruptError too if there is no SHA-256 to compare with."""
+        """As `compare`, and raises CorruptError if there is no SHA-256 to compare with."""
         require_digest(self._header, self._expected)
         self.compare()
 
@@ -281,20 +282,19 @@ class HashCheck:
 
 
 def require_digest(header: TensorHeader, expected: bytes | None = None) -> None:
-    """Raises CorruptError unless a SHA-256 says which tensor this is, under which name."""
+    """Raises CorruptError unless header or manifest have a SHA-256, which identifies the tensor."""
     if header.sha256 is None and expected is None:
         raise CorruptError(
             f"{header.source_name}: tensor {header.record.name!r} is sealed, but neither an "
-            "authenticated manifest.json nor a SHA-256 says that it is the one of this name.",
-            hint="Copy the bundle's own manifest.json back, or pack it again: digests or manifest "
-            "may have been removed to exchange tensors. If the bundle is yours and was never out "
-            "of your hands, set TENSORSERVE_VERIFY=tags, and let `tensorserve sign` give it a "
-            "manifest.",
+            "authenticated manifest.json nor a SHA-256 shows that it is the one of this name.",
+            hint="Restore the bundle's own manifest.json, or pack it again: digests or manifest "
+            "may have been removed to exchange tensors. If nobody else could write to the bundle, "
+            "set TENSORSERVE_VERIFY=tags, and add a manifest with `tensorserve sign`.",
         )
 
 
 def verify_hashes(header: TensorHeader, plaintext: Buffer, expected: bytes | None = None) -> None:
-    """Raises CorruptError unless every digest fits the whole ``plaintext``, and there is one."""
+    """Raises CorruptError unless there is a SHA-256 and all digests fit the whole ``plaintext``."""
     check = HashCheck(header, expected)
     check.update(plaintext)
     check.finish()

@@ -1,9 +1,9 @@
-"""Which tensors does a .tensors file hold, and where, if its index can be believed?
+"""Which tensors does a .tensors file hold, at which offsets, and is its index consistent?
 
-The layout is read off tensorizer 2.10.1 to 2.12.1 (tensorizer/serialization.py), which has not
-changed since 1.0: 73 fixed bytes, a metadata block (one entry a tensor, zero padding), then for
-each tensor a header and its data without any gap, then eight zero bytes. Everything in it is
-untrusted: nothing is read or allocated on the word of a length before that was checked.
+The layout is that of tensorizer 2.10.1 to 2.12.1 (tensorizer/serialization.py), unchanged since
+1.0: 73 fixed bytes, a metadata block (one entry for each tensor, zero padding), then for each
+tensor its header and its data without gaps, then eight zero bytes. The file is untrusted: every
+length is checked before anything of that length is read or allocated.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import hashlib
 import math
 import struct
 
+from tensorserve.crypto.backends import TAG_SIZE
 from tensorserve.errors import CorruptError
-from tensorserve.format.bounded import DAMAGED_HINT, BoundedReader
+from tensorserve.format.byte_reader import DAMAGED_HINT, BoundedReader
 from tensorserve.format.dtypes import UnknownDtypeError, parse_dtype
-from tensorserve.format.names import BadNameError, parse_name
 from tensorserve.format.records import KIND_STATE_DICT, FileIndex, Source, TensorRecord
+from tensorserve.format.tensor_names import BadNameError, parse_name
 
 MAGIC = b"|TZR|"
 # After the magic: version, feature flags, data bytes, reserved, number of tensors, metadata bytes.
 _FIXED = struct.Struct("<I32sQ8sQQ")
 FIXED_SIZE = len(MAGIC) + _FIXED.size
-TERMINATOR_SIZE = 8  # a header length of 0 stands after the last tensor
+TERMINATOR_SIZE = 8  # a header length of 0 follows the last tensor
 
-# tensorizer always reserves 256 KiB of metadata, so one read of this many bytes gets it all.
+# tensorizer always reserves 256 KiB for the metadata, so that one read of this length is enough.
 _FIRST_READ = FIXED_SIZE + 256 * 1024
 # 64 times what tensorizer can write, room for some 100,000 tensors.
 MAX_METADATA = 16 * 1024 * 1024
 
 VERSIONS = range(1, 6)
-_ENCRYPTED_VERSION = 3  # says "encrypted" by itself; later versions say it by a flag
+_ENCRYPTED_VERSION = 3  # means "encrypted"; later versions have a flag for it
 _FLAGS_VERSION = 4
 _META_VERSION = 4
 _LONG_VERSION = 5
@@ -42,19 +43,18 @@ _MIN_ENTRY = 2 + 1 + 1 + 1 + 3 + 1 + 24
 _LOCATION = struct.Struct("<QQQ")
 _INT64_MAX = 2**63 - 1
 
-# Per-tensor header, for bounding its length before it is read: everything but name, dtype, shape.
+# Bytes of a tensor header except name, dtype and shape, for checking its length before reading it.
 _HEADER_FIXED = 8 + 2 + 1 + 2 + 1 + 1 + 2 + 8
 MAX_HASHES = 255 + 2  # generous: tensorizer writes 41 bytes of hashes, or 35
 MAX_CRYPTO_FIXED = 1024  # generous: section, key derivation and cipher without tags are 118 bytes
 MIN_CHUNK = 1024
-TAG_SIZE = 16
 
 
 def read_index(source: Source) -> FileIndex:
-    """Reads and checks the index of ``source``: one read, two where the metadata is unusual.
+    """Reads and checks the index of ``source``: one read, two if the metadata exceeds 256 KiB.
 
-    Raises CorruptError, naming the source and the tensor or offset, if the file is no .tensors
-    file, is truncated, or anything in its index contradicts the rest.
+    Raises CorruptError, naming the source and the tensor or offset, if the file is not a .tensors
+    file, is truncated, or its index is inconsistent; and the source's errors.
     """
     block = source.read(0, min(source.size, _FIRST_READ))
     version, flags, count, metadata_length = _parse_fixed(source, block)
@@ -74,9 +74,9 @@ def read_index(source: Source) -> FileIndex:
     described = tensors[-1].end + TERMINATOR_SIZE
     if described != source.size:
         verdict = (
-            "It is truncated, or its index lies."
+            "It is truncated, or its index is wrong."
             if described > source.size
-            else "Something was appended to it, or its index lies."
+            else "Something was appended to it, or its index is wrong."
         )
         raise CorruptError(
             f"{source.name} is {source.size} bytes long, but its index describes a file of "
@@ -111,8 +111,8 @@ def _parse_fixed(source: Source, head: bytes) -> tuple[int, int, int, int]:
     version, raw_flags, _, reserved, count, metadata_length = _FIXED.unpack_from(head, len(MAGIC))
     if version not in VERSIONS:
         raise CorruptError(
-            f"{source.name} says that it is of data version {version}; known are "
-            f"{VERSIONS[0]} to {VERSIONS[-1]}.",
+            f"{source.name} has data version {version}; versions {VERSIONS[0]} to "
+            f"{VERSIONS[-1]} are supported.",
             hint="Pack it again with tensorizer 2.10.1 to 2.12, or use a newer tensorserve.",
         )
     flags = int.from_bytes(raw_flags, "little")
@@ -128,7 +128,7 @@ def _parse_fixed(source: Source, head: bytes) -> tuple[int, int, int, int]:
     if metadata_length > source.size - FIXED_SIZE:
         raise CorruptError(
             f"{source.name} is {source.size} bytes long, but its index alone would end at "
-            f"{FIXED_SIZE + metadata_length} bytes. It is truncated, or its header lies.",
+            f"{FIXED_SIZE + metadata_length} bytes. It is truncated, or its header is wrong.",
             hint=DAMAGED_HINT,
         )
     if metadata_length > MAX_METADATA:
@@ -193,8 +193,8 @@ def _parse_entry(
     shape = reader.shape(long=long_shape)
     header_offset, data_offset, length = _LOCATION.unpack(reader.take(24, "location"))
 
-    # What torch can express, zero dimensions set aside as torch does for its strides. First: of a
-    # product of 255 huge dimensions Python prints no decimal digits.
+    # torch's limit for a shape; zero dimensions count as 1, as for torch's strides. This comes
+    # first: Python refuses to print the product of 255 huge dimensions in decimal.
     if math.prod(dimension or 1 for dimension in shape) * dtype.item_size > _INT64_MAX:
         raise _damaged(source, f"tensor {name!r} has an impossible shape {shape}")
     nbytes = math.prod(shape) * dtype.item_size
@@ -223,17 +223,17 @@ def _parse_entry(
 def _check_place(
     source: Source, record: TensorRecord, expected_offset: int, *, encrypted: bool
 ) -> None:
-    """No gap, no overlap, header before data, and a header no longer than a header can be."""
+    """Raises CorruptError for a gap, an overlap, or an impossible length of the header."""
     if record.header_offset != expected_offset:
-        lie = (
-            "overlaps what stands before it"
+        fault = (
+            "overlaps the bytes before it"
             if record.header_offset < expected_offset
-            else ("leaves a gap")
+            else "leaves a gap"
         )
         raise _damaged(
             source,
             f"tensor {record.name!r} begins at offset {record.header_offset}, "
-            f"not at {expected_offset}: it {lie}",
+            f"not at {expected_offset}: it {fault}",
         )
     shape_size = len(record.shape) * (8 if record.long_shape else 4)
     least = _HEADER_FIXED + len(record.raw_name) + len(record.raw_dtype) + shape_size
@@ -244,7 +244,7 @@ def _check_place(
         raise _damaged(
             source,
             f"tensor {record.name!r} has its header at {record.header_offset} and its data at "
-            f"{record.data_offset}: a header of {record.header_length} bytes cannot be",
+            f"{record.data_offset}: a header of {record.header_length} bytes is not possible",
         )
 
 

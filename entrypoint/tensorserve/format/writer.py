@@ -1,9 +1,9 @@
-"""How is a .tensors file written from front to back, to something that can only append?
+"""How is a .tensors file written sequentially, to an output that can only append?
 
-All sizes are known before the first byte: the whole index is planned from names, dtypes and shapes,
-then some tensors at a time are read, hashed and sealed, and written in their order. The layout is
-tensorizer 2.12.1's (serialization.py, _crypt_info.py), except that the index takes what it needs
-where tensorizer reserves (and is limited to) 256 KiB.
+The whole index is computed first, from names, dtypes and shapes. Then tensors are read, hashed and
+encrypted, a few at a time, and written in file order. The layout is tensorizer 2.12.1's
+(serialization.py, _crypt_info.py), except that the index has the size that it needs; tensorizer
+reserves 256 KiB and cannot exceed them.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from dataclasses import dataclass
 from mmap import mmap
 from typing import NamedTuple, Protocol
 
-from tensorserve.errors import ConfigurationError
-from tensorserve.format.box import NONCE_SIZE, TAG_SIZE
-from tensorserve.format.crypto import (
+from tensorserve.crypto.backends import NONCE_SIZE, TAG_SIZE
+from tensorserve.crypto.secretbox import (
     ALGORITHM_ARGON2ID13,
     SALT_SIZE,
     nonce_at,
     seal_chunk,
 )
+from tensorserve.errors import ConfigurationError
 from tensorserve.format.dtypes import ITEM_SIZES, OPAQUE_SEPARATOR, raw_dtype
 from tensorserve.format.header import FileKey, PasswordHash, parse_header
 from tensorserve.format.index import MAGIC, MAX_METADATA, TERMINATOR_SIZE, read_index
-from tensorserve.format.names import BadNameError, parse_name
 from tensorserve.format.records import KIND_STATE_DICT, FileIndex, TensorRecord
+from tensorserve.format.tensor_names import BadNameError, parse_name
 
 CHUNK_BYTES = 2 * 1024**2  # bytes, tensorizer's
-# Read, hashed and written at once; a multiple of the chunk size.
+# Bytes that are read, hashed and written at once; a multiple of the chunk size.
 _STEP = 8 * 1024**2
-# One that is written, two that are made ready; more of smaller ones.
+# Memory, in units of the largest tensor: one is written while two are prepared. Of smaller tensors,
+# more are prepared.
 _TENSORS_AT_ONCE = 3
-_MOST_WAITING = 64
-# Four hash 5 GB/s: more than one stream to a disk or a bucket takes.
-_MOST_THREADS = 4
+_MAX_WAITING = 64
+# Four threads hash 5 GB/s, more than one stream to a disk or a bucket takes.
+_MAX_THREADS = 4
 _MAX_NAME = 2**16 - 1  # bytes: its length has 16 bits
 _MAX_DIMENSIONS = 255
-_LONG_DIMENSION = 2**32  # from here on, dimensions take 8 bytes each
+_LONG_DIMENSION = 2**32  # from this dimension on, the shape's dimensions take 8 bytes each
 
-# tensorizer's data versions: the least that has what the file needs.
+# tensorizer's data versions. A file has the lowest version with the features that it needs.
 _PLAIN_VERSION, _OPAQUE_VERSION, _ENCRYPTED_VERSION, _FLAGS_VERSION, _LONG_VERSION = 1, 2, 3, 4, 5
 _FLAG_ENCRYPTED, _FLAG_VERSIONED_ENTRIES = 1, 2
 
-# libsodium's "moderate" preset, which tensorizer's EncryptionParams.from_string uses:
-# about half a second and 256 MiB (https://doc.libsodium.org/password_hashing/default_phf).
+# libsodium's "moderate" preset, which tensorizer's EncryptionParams.from_string uses: about half a
+# second and 256 MiB (https://doc.libsodium.org/password_hashing/default_phf).
 _MODERATE_PASSES, _MODERATE_MEMORY = 3, 256 * 1024**2
 
 
 class Output(Protocol):
-    """Where the file goes: takes all of what it is given, or raises."""
+    """The output of a file: `write` takes all of `data`, or raises."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
@@ -77,19 +78,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """Everything about a file but its tensors' contents."""
+    """Everything about a file except its tensors' contents."""
 
-    prologue: bytes  # all that stands before the first tensor's header
-    index: FileIndex  # as read_index will give it
+    prologue: bytes  # the bytes before the first tensor's header
+    index: FileIndex  # as read_index will return it
     derivation: PasswordHash | None
 
 
 @dataclass(frozen=True)
 class WrittenDigests:
-    """What vouches for a file that was written."""
+    """The digests of a written file, for its manifest."""
 
     headers_sha256: str  # hex, of all tensor headers in file order
-    tensors: tuple[bytes, ...]  # SHA-256 of each tensor in file order: HashCheck's
+    tensors: tuple[bytes, ...]  # SHA-256 of each tensor in file order, as HashCheck computes it
 
 
 # (tensor, first byte of it, buffer to fill)
@@ -97,17 +98,18 @@ ReadTensor = Callable[[TensorRecord, int, memoryview], None]
 
 
 def fresh_password_hash() -> PasswordHash:
-    """How a new file's key comes from its passphrase: tensorizer's defaults and a random salt."""
+    """The key derivation of a new file: tensorizer's defaults and a random salt."""
     return PasswordHash(_MODERATE_PASSES, _MODERATE_MEMORY, os.urandom(SALT_SIZE))
 
 
 def plan_file(
     specs: Iterable[TensorSpec], *, encrypted: bool, derivation: PasswordHash | None = None
 ) -> FilePlan:
-    """Plans the file that holds ``specs`` in this order.
+    """Computes the layout of a file with the tensors ``specs``, in this order.
 
-    ``derivation`` goes into each sealed header, for files that a passphrase opens. Raises
-    ConfigurationError, naming the tensor, for what the format cannot hold.
+    ``derivation`` is written into each sealed header of a file encrypted with a passphrase. Raises
+    ConfigurationError, naming the tensor, for a name or shape that the format cannot hold;
+    UnknownDtypeError for such a dtype.
     """
     specs = tuple(specs)
     long = any(_is_long(spec) for spec in specs)
@@ -151,7 +153,7 @@ def plan_file(
         parts.append(_entry(record, versioned=long))
         offset = record.end
     prologue = b"".join(parts)
-    # Our own strict reader has to accept what we are about to write.
+    # The index is read back: read_index has to accept what will be written.
     index = read_index(_Planned(prologue, offset + TERMINATOR_SIZE))
     return FilePlan(prologue, index, derivation)
 
@@ -165,12 +167,13 @@ def write_file(
     on_bytes: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> WrittenDigests:
-    """Writes the planned file to ``out``; gives the digests of its headers and tensors.
+    """Writes the planned file to ``out``; returns the digests of its headers and tensors.
 
-    ``read`` fills a buffer with bytes of a tensor, called by several threads; ``on_bytes`` is told
-    of data written, in bytes; ``threads`` hash and encrypt, else as many as help.
-    Memory: three times the largest tensor. Raises what ``read`` and ``out`` raise, ValueError if a
-    key is given for a plain file or none for an encrypted one, and the key's errors.
+    ``read`` fills a buffer with bytes of a tensor and is called by several threads. ``on_bytes`` is
+    called with the number of data bytes written. ``threads`` is the number of threads that hash and
+    encrypt (default: up to 4). Memory: three times the largest tensor. Raises the exceptions of
+    ``read`` and ``out``, ValueError for a key with a plain file or none with an encrypted one, and
+    the key's errors.
     """
     if (key is not None) != plan.index.encrypted:
         raise ValueError("a key is needed for an encrypted file, and only for that")
@@ -178,15 +181,15 @@ def write_file(
     secret = _resolve(plan, key)
     headers = hashlib.sha256()
     out.write(plan.prologue)
-    # One random start for the file, counted on from chunk to chunk: no nonce comes twice.
+    # One random nonce for the file, incremented for each chunk, so that no nonce is used twice.
     start, used = os.urandom(NONCE_SIZE), 0
-    # Tensors are made ready in threads, and written here, in their order.
-    threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    waiting: deque[tuple[TensorRecord, Future[_Made]]] = deque()
+    # Tensors are prepared in threads, and written in this thread, in file order.
+    threads = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    waiting: deque[tuple[TensorRecord, Future[_Prepared]]] = deque()
     digests: list[bytes] = []
     room = _TENSORS_AT_ONCE * max(tensor.length for tensor in tensors)
     held = 0
-    making = _Making(plan, read, secret)
+    preparation = _Preparation(plan, read, secret)
 
     def write_next() -> None:
         nonlocal held
@@ -204,31 +207,32 @@ def write_file(
     with ThreadPoolExecutor(threads, thread_name_prefix="tensorserve-pack") as pool:
         try:
             for record in tensors:
-                while waiting and (held + record.length > room or len(waiting) == _MOST_WAITING):
+                while waiting and (held + record.length > room or len(waiting) == _MAX_WAITING):
                     write_next()
                 held += record.length
-                waiting.append((record, pool.submit(making.make, record, nonce_at(start, used))))
+                job = pool.submit(preparation.prepare, record, nonce_at(start, used))
+                waiting.append((record, job))
                 used += _chunks(record.length)
             while waiting:
                 write_next()
         except BaseException:
-            making.stopped = True
+            preparation.stopped = True
             pool.shutdown(cancel_futures=True)
             raise
     out.write(bytes(TERMINATOR_SIZE))
     return WrittenDigests(headers.hexdigest(), tuple(digests))
 
 
-class _Made(NamedTuple):
-    """A tensor as it will stand in the file."""
+class _Prepared(NamedTuple):
+    """A tensor's header and data as they are written, and its digest."""
 
     header: bytes
     data: memoryview
     sha256: bytes
 
 
-class _Making:
-    """Makes tensors as they will stand in the file; from several threads at once."""
+class _Preparation:
+    """Reads, hashes and encrypts tensors. Thread-safe."""
 
     def __init__(self, plan: FilePlan, read: ReadTensor, secret: bytes | None) -> None:
         self._plan = plan
@@ -236,20 +240,20 @@ class _Making:
         self._secret = secret
         self.stopped = False
 
-    def make(self, record: TensorRecord, nonce: bytes) -> _Made:
-        """The data is in memory of its own."""
+    def prepare(self, record: TensorRecord, nonce: bytes) -> _Prepared:
+        """The prepared tensor, in newly allocated memory. `nonce` is that of its first chunk."""
         plan = self._plan
         template = _header(record, _unhashed(plan), _crypto(plan, record, nonce, b""))
         crypto_start, crypto_stop = _crypto_bounds(plan, record, template)
         hashed = template[:crypto_start] + template[crypto_stop:]
         sha256, crc32 = hashlib.sha256(hashed), zlib.crc32(hashed)
         secret = self._secret if record.length else None
-        # From the kernel and back to it: malloc would keep what each thread once had.
+        # Mapped, not allocated: malloc would keep each thread's freed memory.
         data = memoryview(mmap(-1, record.length) if record.length else b"")
         tags = bytearray()
         for begin in range(0, record.length, _STEP):
             if self.stopped:
-                break  # nobody takes the result
+                break  # the result is not used
             piece = data[begin : begin + _STEP]
             self._read(record, begin, piece)
             sha256.update(piece)
@@ -262,11 +266,11 @@ class _Making:
                 tags += seal_chunk(secret, number, chunk, chunk)
         hashes = _hashes(plan.index.encrypted, crc32, sha256.digest())
         header = _header(record, hashes, _crypto(plan, record, nonce, bytes(tags)))
-        return _Made(header, data, sha256.digest())
+        return _Prepared(header, data, sha256.digest())
 
 
 def _resolve(plan: FilePlan, key: FileKey | None) -> bytes | None:
-    """The 32 bytes, had from the header exactly as a reader will have them."""
+    """The 32-byte key, obtained from a header exactly as a reader obtains it."""
     sealed = next((tensor for tensor in plan.index.tensors if tensor.length), None)
     if key is None or sealed is None:
         return None
@@ -299,7 +303,7 @@ def _raw_name(spec: TensorSpec) -> bytes:
     if len(raw) > _MAX_NAME or len(spec.shape) > _MAX_DIMENSIONS:
         raise ConfigurationError(
             f"Tensor {spec.name[:80]!r}: its name has {len(raw)} bytes and it has "
-            f"{len(spec.shape)} dimensions; {_MAX_NAME} and {_MAX_DIMENSIONS} can be stored."
+            f"{len(spec.shape)} dimensions; the limits are {_MAX_NAME} and {_MAX_DIMENSIONS}."
         )
     return raw
 
@@ -346,7 +350,7 @@ def _place(
 
 
 def _description(record: TensorRecord) -> bytes:
-    """What index entry and header share: name, kind, dtype and shape follow each other in both."""
+    """The encoded dtype and shape, which are equal in index entry and header."""
     raw = record.raw_dtype.encode("ascii")
     count = len(record.shape)
     code = "Q" if record.long_shape else "I"
@@ -381,7 +385,7 @@ def _header(record: TensorRecord, hashes: bytes, crypto: bytes) -> bytes:
 
 
 def _crypto_bounds(plan: FilePlan, record: TensorRecord, header: bytes) -> tuple[int, int]:
-    """Where the crypto section, which no hash covers, stands in ``header``."""
+    """(start, stop) of the crypto section in ``header``; the hashes do not cover it."""
     stop = len(header) - 8
     return stop - len(_crypto(plan, record, bytes(24), b"")), stop
 
@@ -391,11 +395,11 @@ def _unhashed(plan: FilePlan) -> bytes:
 
 
 def _hashes(encrypted: bool, crc32: int, sha256: bytes) -> bytes:
-    """In plain files a CRC-32 and a SHA-256, as tensorizer writes them. In encrypted files none.
+    """The hashes section: CRC-32 and SHA-256 in plain files, as tensorizer writes them, else empty.
 
-    A digest of the plaintext, in clear, lets anybody recognise a tensor that he knows, and try the
-    values of a small one. tensorizer writes it all the same; its reader takes headers without
-    (2.10.1 to 2.12.1). Ours stand in the manifest, sealed.
+    A plain digest of an encrypted tensor would let anybody recognise a known tensor, and guess the
+    values of a small one. tensorizer writes it nevertheless; its reader accepts headers without
+    hashes (2.10.1 to 2.12.1). The manifest has the digests, encrypted.
     """
     if encrypted:
         return b"\0"
@@ -403,7 +407,7 @@ def _hashes(encrypted: bool, crc32: int, sha256: bytes) -> bytes:
 
 
 def _crypto(plan: FilePlan, record: TensorRecord, nonce: bytes, tags: bytes) -> bytes:
-    """The crypto section; nothing in plain files, no entries for a tensor without data."""
+    """The crypto section: empty in plain files, without entries for a tensor without data."""
     if not plan.index.encrypted:
         return b""
     entries = []
@@ -424,7 +428,7 @@ def _derivation(derivation: PasswordHash) -> bytes:
 
 
 class _Planned:
-    """The file as far as it is known, as a source for read_index."""
+    """A source for read_index with the planned prologue, followed by zeros."""
 
     name = "The new file"
 

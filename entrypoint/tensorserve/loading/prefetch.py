@@ -1,9 +1,10 @@
-"""Sealed bytes fetched ahead: while vLLM imports, a process of its own fills shared memory.
+"""How are sealed bytes fetched before the loader needs them, and how does it get them?
 
-One fetcher for all ranks of a machine: they take from the memory what is there, in file order, and
-what no rank needs any more makes room for the next. A single rank ends the fetcher when it begins,
-takes what it has fetched, and goes on with the network itself; several ranks let it go on, so that
-no byte comes over the network twice. Where the fetcher has died, each rank fetches for itself.
+While vLLM imports, a process of its own fills shared memory (`block_cache`) in file order, for all
+ranks of a machine; what no rank needs any more makes room for the next block. A single rank ends
+that process when it begins, takes what is there, and goes on with its own connections. Several
+ranks let it go on, so that no byte comes over the network twice. Where it has died, each rank
+fetches for itself.
 """
 
 from __future__ import annotations
@@ -11,133 +12,136 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from tensorserve.loading.connections import REMOTE_MOST, Connections, remote_start
-from tensorserve.loading.lateness import late_after, usual_with
-from tensorserve.loading.processors import Spare
-from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.shared import ABSENT, BLOCK_BYTES, ON_ITS_WAY, THERE, SharedBlocks
-from tensorserve.sources import Source
-from tensorserve.sources.parts import Filling, ReadsParts
-
-_POLL_SECONDS = 0.002
-# For one block that the fetcher does not begin.
-_WAIT_SECONDS = 30.0
+from tensorserve.loading.block_cache import ABSENT, BLOCK_BYTES, PRESENT, REQUESTED, BlockCache
+from tensorserve.loading.concurrency import Concurrency, remote_start
+from tensorserve.loading.counters import LoadProgress
+from tensorserve.loading.cpu_idle import CpuIdle
+from tensorserve.loading.scheduler import moving_average, straggler_threshold
+from tensorserve.loading.tuning import DEFAULTS
+from tensorserve.sources import Filling, Source
 
 
 class Prefetcher:
-    """Fills `shared` from `source`, in file order, with at most `budget` bytes not yet needed."""
+    """Fills `cache` from `source`, in file order, with at most `budget` bytes not yet needed."""
 
     def __init__(
-        self, source: Source, shared: SharedBlocks, budget: int, progress: LoadProgress
+        self, source: Source, cache: BlockCache, budget: int, progress: LoadProgress
     ) -> None:
         self._source = source
-        self._shared = shared
+        self._cache = cache
         self._budget = max(1, budget // BLOCK_BYTES)
         self._progress = progress
         self._next = 0
+        """The first block that was not requested yet."""
         self._freed = 0
+        """The first block that was not freed yet."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         processors = os.sched_getaffinity(0)
-        self._connections = Connections(
+        self._concurrency = Concurrency(
             remote_start(len(processors)),
-            REMOTE_MOST,
+            DEFAULTS.most_connections,
             progress.received_bytes,
-            spare=Spare(processors),
+            idle=CpuIdle(processors),
         )
-        self._running = 0
 
-    def run(self, report: Callable[[], None] = lambda: None, seconds: float = 0.25) -> None:
-        """Fetch until everything is there, all ranks are past it, or the loader says stop.
+    def run(
+        self,
+        report: Callable[[], None] = lambda: None,
+        seconds: float = DEFAULTS.prefetch_step_seconds,
+    ) -> None:
+        """Fetch until all blocks are there, all ranks have passed them, or the loader says stop.
 
-        Ends without an error where the source fails: the loader meets the same error, and says it.
+        Ends without an error where the source fails: the loader meets the same error, and raises
+        it where it is seen.
         """
-        self._shared.hold()
+        self._cache.hold()
         threads: list[threading.Thread] = []
         pause = 0.0
         while not self._ended.is_set():
-            while len(threads) < min(self._connections.target, self._shared.blocks, self._budget):
+            most = min(self._concurrency.target, self._cache.blocks, self._budget)
+            while len(threads) < most:
                 thread = threading.Thread(target=self._work, args=(len(threads),), daemon=True)
                 threads.append(thread)
                 thread.start()
             began = time.monotonic()
             while time.monotonic() - began < pause and not self._ended.wait(seconds / 5):
                 self._free_passed()
-            pause = self._connections.step()
+            pause = self._concurrency.step()
             report()
-            if self._shared.stopped or self._shared.all_passed:
+            if self._cache.stopped or self._cache.all_passed:
                 break
         for thread in threads:
             thread.join()
-        if self._shared.all_passed:
-            self._shared.free_all()
-        self._shared.release()
+        if self._cache.all_passed:
+            self._cache.free_all()
+        self._cache.release()
         report()
 
     def _work(self, number: int) -> None:
         try:
             while not self._ended.is_set():
-                if number >= self._connections.target:
-                    self._ended.wait(0.05)
+                if number >= self._concurrency.target:
+                    self._ended.wait(DEFAULTS.prefetch_surplus_seconds)
                     continue
                 block = self._claim()
                 if block is None:
-                    if self._shared.stopped or self._next >= self._shared.blocks:
+                    if self._cache.stopped or self._next >= self._cache.blocks:
                         return
-                    self._ended.wait(_POLL_SECONDS)
+                    self._ended.wait(DEFAULTS.prefetch_poll_seconds)
                     continue
                 began = time.monotonic()
                 try:
-                    self._source.read_into(block * BLOCK_BYTES, self._shared.block(block))
+                    self._source.read_into(block * BLOCK_BYTES, self._cache.block(block))
                 except BaseException:
-                    self._shared.set_state(block, ABSENT)
+                    self._cache.set_state(block, ABSENT)
                     raise
-                self._shared.set_state(block, THERE)
+                self._cache.set_state(block, PRESENT)
                 self._took(time.monotonic() - began)
-        # The loader will ask for the same bytes and meet the same error, where somebody reads it.
+        # The loader will ask for the same bytes, meet the same error, and raise it.
         except Exception:  # noqa: BLE001
             self._ended.set()
 
     def _took(self, seconds: float) -> None:
         with self._lock:
-            usual = self._shared.usual_seconds
-            self._shared.set_usual_seconds(usual_with(usual or seconds, seconds))
+            average = self._cache.average_seconds
+            self._cache.set_average_seconds(moving_average(average or seconds, seconds))
 
     def _claim(self) -> int | None:
         with self._lock:
             needed = self._needed()
             self._next = max(self._next, needed)
             if (
-                self._shared.stopped
-                or self._next >= self._shared.blocks
+                self._cache.stopped
+                or self._next >= self._cache.blocks
                 or self._next >= needed + self._budget
             ):
                 return None
-            self._shared.set_state(self._next, ON_ITS_WAY)
+            self._cache.set_state(self._next, REQUESTED)
             self._next += 1
             return self._next - 1
 
     def _needed(self) -> int:
         """The first block that some rank still needs."""
-        return min(self._shared.position(r) for r in range(self._shared.ranks)) // BLOCK_BYTES
+        return min(self._cache.position(r) for r in range(self._cache.ranks)) // BLOCK_BYTES
 
     def _free_passed(self) -> None:
         while self._freed < self._needed():
-            if self._shared.state(self._freed) == THERE:
-                self._shared.free(self._freed)
+            if self._cache.state(self._freed) == PRESENT:
+                self._cache.free(self._freed)
             self._freed += 1
 
 
-class PrefetchedSource(ReadsParts):
+class PrefetchedSource(Source):
     """`source`, of which some blocks are in memory already; for one rank."""
 
     def __init__(
-        self, source: Source, shared: SharedBlocks, rank: int, progress: LoadProgress
+        self, source: Source, cache: BlockCache, rank: int, progress: LoadProgress
     ) -> None:
         self._source = source
-        self._shared = shared
+        self._cache = cache
         self._rank = rank
         self._progress = progress
         self.name = source.name
@@ -145,42 +149,36 @@ class PrefetchedSource(ReadsParts):
         self.version = source.version
         self.pinned = source.pinned
         self.remote = source.remote
+        self.transport = source.transport
         self._freed = 0
         self._given_up = False
         self._late: set[int] = set()
-        if shared.ranks == 1:
-            shared.stop()
+        if cache.ranks == 1:
+            cache.stop()
 
-    def read_parts(
-        self,
-        offset: int,
-        lengths: Sequence[int],
-        memory: Callable[[int], memoryview],
-        on_part: Callable[[int], bool],
-    ) -> None:
-        """As `Source.read_parts`."""
-        parts = _Counted(lengths, memory, on_part)
-        filling = Filling(lengths, parts.memory, parts.on_part)
-        while not filling.finished:
-            place = offset + filling.done
+    def read_parts(self, offset: int, parts: Filling) -> None:
+        """As `Source.read_parts`: from the cache what is there, the rest from the source."""
+        stop = offset + parts.length
+        while not parts.finished:
+            place = offset + parts.done
             block = place // BLOCK_BYTES
-            if self._comes(block):
-                wanted = filling.wanted
+            if self._is_present(block):
+                wanted = parts.wanted
                 count = min(len(wanted), (block + 1) * BLOCK_BYTES - place)
-                self._shared.read_into(place, wanted[:count])
+                self._cache.read_into(place, wanted[:count])
                 self._progress.received(count)
-                filling.add(count)
-            elif parts.begun or self._any_comes(block + 1, offset + filling.length):
-                wanted = filling.wanted
+                parts.add(count)
+            elif parts.begun or self._any_requested(block + 1, stop):
+                wanted = parts.wanted
                 count = min(len(wanted), (block + 1) * BLOCK_BYTES - place)
                 self._source.read_into(place, wanted[:count])
-                filling.add(count)
+                parts.add(count)
             else:
-                self._source.read_parts(place, *parts.rest())
+                self._source.read_parts(place, parts.rest())
                 return
 
     def read_again(self, offset: int, buffer: memoryview) -> None:
-        """See `Source`: the memory has what came damaged."""
+        """See `Source`: the cache has the damaged bytes."""
         self._source.read_again(offset, buffer)
 
     def hurry(self, thread: int) -> None:
@@ -188,91 +186,59 @@ class PrefetchedSource(ReadsParts):
         self._source.hurry(thread)
 
     def passed(self, offset: int) -> None:
-        """Nothing before `offset` is needed any more."""
-        if offset > self._shared.position(self._rank):
-            self._shared.advance(self._rank, offset)
-            if self._shared.ranks == 1:
+        """See `Source`."""
+        if offset > self._cache.position(self._rank):
+            self._cache.advance(self._rank, offset)
+            if self._cache.ranks == 1:
                 self._free_before(offset)
 
     def close(self) -> None:
-        """Nothing is needed any more; the source is closed as well."""
+        """Close the source as well; this rank needs no block any more."""
         self.passed(self.size)
-        if self._shared.all_passed and not self._shared.held:
-            self._shared.free_all()  # else the fetcher does it
+        if self._cache.all_passed and not self._cache.held:
+            self._cache.free_all()  # otherwise the prefetch process does it
         self._source.close()
 
     def _free_before(self, offset: int) -> None:
-        stop = min(offset // BLOCK_BYTES, self._shared.blocks)
+        stop = min(offset // BLOCK_BYTES, self._cache.blocks)
         for block in range(self._freed, stop):
-            if self._shared.state(block) == THERE:
-                self._shared.free(block)
+            if self._cache.state(block) == PRESENT:
+                self._cache.free(block)
         self._freed = max(self._freed, stop)
 
-    def _comes(self, block: int) -> bool:
-        """Whether `block` is in memory; waits for it where the fetcher is about to bring it.
+    def _is_present(self, block: int) -> bool:
+        """Whether `block` is in memory; waits for it where the prefetch process will fetch it.
 
-        What is late is read past it: one slow connection of the fetcher's delays nothing.
+        If a prefetched block is late, the loader fetches it itself: one slow connection of the
+        prefetch process delays nothing.
         """
-        if (block + 1) * BLOCK_BYTES <= self._shared.position(self._rank):
-            return False  # asked for a second time: it may be gone at any moment
+        if (block + 1) * BLOCK_BYTES <= self._cache.position(self._rank):
+            return False  # read a second time: it may be freed at any moment
         began = time.monotonic()
         while True:
-            state = self._shared.state(block)
-            if state == THERE:
+            state = self._cache.state(block)
+            if state == PRESENT:
                 return True
-            if state == ABSENT and self._shared.stopped:
+            if state == ABSENT and self._cache.stopped:
                 return False
             waited = time.monotonic() - began
-            if state == ON_ITS_WAY and (block in self._late or waited > self._patience()):
+            if state == REQUESTED and (block in self._late or waited > self._threshold()):
                 self._late.add(block)
                 return False
-            if self._given_up or waited > _WAIT_SECONDS:
-                # A rank that hangs holds up the fetcher; this one goes on without it.
+            if self._given_up or waited > DEFAULTS.prefetch_wait_seconds:
+                # A rank that hangs holds up the prefetch process; this one goes on without it.
                 self._given_up = True
                 return False
-            if not self._shared.held:
-                return self._shared.state(block) == THERE
-            time.sleep(_POLL_SECONDS)
+            if not self._cache.held:
+                return self._cache.state(block) == PRESENT
+            time.sleep(DEFAULTS.prefetch_poll_seconds)
 
-    def _patience(self) -> float:
-        usual = self._shared.usual_seconds
-        return late_after(usual) if usual else _WAIT_SECONDS
+    def _threshold(self) -> float:
+        """Seconds after which a requested block is late."""
+        average = self._cache.average_seconds
+        return straggler_threshold(average) if average else DEFAULTS.prefetch_wait_seconds
 
-    def _any_comes(self, block: int, stop: int) -> bool:
-        last = min(-(-stop // BLOCK_BYTES), self._shared.blocks)
-        return any(self._shared.state(number) != ABSENT for number in range(block, last))
-
-
-class _Counted:
-    """Remembers which part is being filled."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        memory: Callable[[int], memoryview],
-        on_part: Callable[[int], bool],
-    ) -> None:
-        self.number = 0
-        self.begun = False
-        self._lengths = lengths
-        self._memory = memory
-        self._on_part = on_part
-
-    def rest(
-        self,
-    ) -> tuple[Sequence[int], Callable[[int], memoryview], Callable[[int], bool]]:
-        """The parts that are not begun, for another read."""
-        first = self.number
-        return (
-            self._lengths[first:],
-            lambda part: self._memory(first + part),
-            lambda part: self._on_part(first + part),
-        )
-
-    def memory(self, part: int) -> memoryview:
-        self.begun = True
-        return self._memory(part)
-
-    def on_part(self, part: int) -> bool:
-        self.number, self.begun = part + 1, False
-        return self._on_part(part)
+    def _any_requested(self, block: int, stop: int) -> bool:
+        """Whether the prefetch process has, or will have, a block from `block` to offset `stop`."""
+        last = min(-(-stop // BLOCK_BYTES), self._cache.blocks)
+        return any(self._cache.state(number) != ABSENT for number in range(block, last))

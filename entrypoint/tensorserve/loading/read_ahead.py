@@ -1,6 +1,6 @@
-"""Bytes of a source in order, fetched ahead by a few connections into bounded memory.
+"""How does a reader that reads a file in order get its bytes without waiting for each request?
 
-For a reader that takes one byte after the other and knows nothing of ranges.
+A few connections fetch the next ranges into bounded memory, for tensorizer's reader.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 
 from tensorserve.linux import run_on
-from tensorserve.loading.progress import LoadProgress
+from tensorserve.loading.counters import LoadProgress
+from tensorserve.loading.ranges import joined
+from tensorserve.loading.tuning import DEFAULTS
 from tensorserve.sources import Source
+from tensorserve.telemetry.names import Stage
 
-# Object stores keep an object in pieces of 4 MiB, 8 MiB or more; blocks end where these do.
-BLOCK_BYTES = 4 * 1024**2
-# A connection has the next block on its way while one of its blocks waits to be taken.
-_BLOCKS_A_CONNECTION = 2
+_BLOCK_BYTES = DEFAULTS.read_ahead_bytes
 
 
 class ReadAhead:
@@ -42,18 +42,18 @@ class ReadAhead:
         self._progress = progress
         self._processors = processors
         self._blocks = list(_blocks(ranges))
-        self._most = max(2, min(_BLOCKS_A_CONNECTION * connections, limit // BLOCK_BYTES))
+        self._most = max(2, min(DEFAULTS.read_ahead_blocks * connections, limit // _BLOCK_BYTES))
         self._changed = threading.Condition()
-        self._there: dict[int, bytearray] = {}
+        self._received: dict[int, bytearray] = {}
         self._spare: list[bytearray] = []
         self._next = 0
-        """The first block that no connection has."""
+        """The first block that was not requested yet."""
         self._taken = 0
-        """The block that is taken from."""
+        """The block whose bytes are taken next."""
         self._error: BaseException | None = None
         self._stopped = False
         if self._blocks:
-            # What fetches ahead must not wait where the file begins with what is left out.
+            # The prefetch process must not wait for blocks that this load leaves out.
             source.passed(self._blocks[0][0])
         for number in range(min(connections, self._most, len(self._blocks))):
             name = f"tensorserve-ahead-{number}"
@@ -84,17 +84,17 @@ class ReadAhead:
 
     def _wait_for(self, number: int) -> memoryview:
         with self._changed:
-            while number not in self._there:
+            while number not in self._received:
                 if self._stopped:
                     raise RuntimeError("the load has ended")
                 if self._error is not None:
                     raise self._error
                 self._changed.wait()
-            return memoryview(self._there[number])
+            return memoryview(self._received[number])
 
     def _give_back(self) -> None:
         with self._changed:
-            self._spare.append(self._there.pop(self._taken))
+            self._spare.append(self._received.pop(self._taken))
             self._taken += 1
             self._changed.notify_all()
         if self._taken < len(self._blocks):
@@ -110,11 +110,11 @@ class ReadAhead:
                 start, stop = self._blocks[number]
                 began = time.monotonic()
                 self._source.read_into(start, memoryview(memory)[: stop - start])
-                self._progress.stage("fetch", 0, time.monotonic() - began)
+                self._progress.stage(Stage.FETCH, 0, time.monotonic() - began)
                 with self._changed:
-                    self._there[number] = memory
+                    self._received[number] = memory
                     self._changed.notify_all()
-        # The thread that takes the bytes raises it.
+        # Raised in the thread that takes the bytes.
         except BaseException as error:  # noqa: BLE001
             with self._changed:
                 self._error = self._error or error
@@ -128,27 +128,14 @@ class ReadAhead:
             if self._stopped or self._error is not None or self._next >= len(self._blocks):
                 return None
             self._next += 1
-            memory = self._spare.pop() if self._spare else bytearray(BLOCK_BYTES)
+            memory = self._spare.pop() if self._spare else bytearray(_BLOCK_BYTES)
             return self._next - 1, memory
 
 
 def _blocks(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The ranges, neighbours put together, cut at multiples of BLOCK_BYTES in the file."""
-    for start, stop in _merged(ranges):
+    """The ranges, adjacent ones joined, cut at multiples of _BLOCK_BYTES in the file."""
+    for start, stop in joined(ranges):
         while start < stop:
-            end = min((start // BLOCK_BYTES + 1) * BLOCK_BYTES, stop)
+            end = min((start // _BLOCK_BYTES + 1) * _BLOCK_BYTES, stop)
             yield start, end
             start = end
-
-
-def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    before: tuple[int, int] | None = None
-    for start, stop in ranges:
-        if before is not None and before[1] == start:
-            before = before[0], stop
-            continue
-        if before is not None:
-            yield before
-        before = start, stop
-    if before is not None:
-        yield before

@@ -1,8 +1,7 @@
-"""A second way to read: tensorizer's own TensorDeserializer, over our sources.
+"""How does tensorizer's own TensorDeserializer read our sources (TENSORSERVE_LOADER=reference)?
 
-For TENSORSERVE_LOADER=reference. It opens, hashes and copies to the device with tensorizer's code,
-which others have run on many GPUs; ours is only what comes in: the source (retry, resume, one
-version), the checks of index and headers, and the key.
+tensorizer's code, which has run on many GPUs, decrypts, hashes and copies to the device. Ours is
+what it reads: the source (retry, resume, one version), the checks of index and headers, the key.
 """
 
 from __future__ import annotations
@@ -14,19 +13,20 @@ import torch
 
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import FileIndex, FileKey, TensorRecord, parse_header
-from tensorserve.headers import check_headers, small_reads
-from tensorserve.loading.pipeline import LoadOptions
-from tensorserve.loading.progress import LoadProgress
-from tensorserve.loading.reference_reading import DamagedError, Load, Reading
-from tensorserve.loading.staging import empty_host_cache
+from tensorserve.loading.counters import LoadProgress
+from tensorserve.loading.gpu_staging import empty_host_cache
+from tensorserve.loading.header_check import check_headers, small_reads
+from tensorserve.loading.reference_reading import DamagedError, Load, ReferenceReading
+from tensorserve.loading.stream import LoadOptions
 from tensorserve.sources import Source
 
 
 class ReferenceStream:
     """Iterate over it: (record, tensor on `device`), in file order; as with `TensorStream`.
 
-    Use it as a context manager: leaving it ends all threads, also in the middle. One reader of
-    tensorizer's: it cannot open our sources a second time. What looks damaged is read once more.
+    Use it as a context manager: leaving it ends all threads, also in the middle of a load. It uses
+    one of tensorizer's readers, which cannot open our sources a second time. A damaged tensor is
+    read once more.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ReferenceStream:
         place = _with_number(device or torch.device("cpu"))
         self._load = Load(source, index, key, options, progress, place)
         self._records = tuple(records)
-        self._reading: Reading | None = None
+        self._reading: ReferenceReading | None = None
 
     def __enter__(self) -> ReferenceStream:
         return self
@@ -62,7 +62,7 @@ class ReferenceStream:
         if self._reading is not None:
             self._reading.close()
         if self._load.device.type == "cuda":
-            # tensorizer's buffer, as large as the largest tensor.
+            # tensorizer's page-locked buffer, as large as the largest tensor.
             empty_host_cache()
 
     def __iter__(self) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
@@ -70,7 +70,7 @@ class ReferenceStream:
         damaged: TensorRecord | None = None
         while left:
             with_data = [record for record in left if not record.is_meta]
-            self._reading = reading = Reading(self._load, with_data, damaged)
+            self._reading = reading = ReferenceReading(self._load, with_data, damaged)
             try:
                 for record in tuple(left):
                     tensor = self._zeros(record) if record.is_meta else reading.take(record)
@@ -90,9 +90,7 @@ class ReferenceStream:
                 reading.close()
 
     def _zeros(self, record: TensorRecord) -> torch.Tensor:
-        """What tensorizer gives for a tensor without data, by `TensorStream`'s way: nothing is read
-        for it.
-        """
+        """What tensorizer gives for a tensor without data; only its header is read."""
         load = self._load
         data = load.source.read(record.header_offset, record.header_length)
         parse_header(record, data, encrypted=load.index.encrypted, source_name=load.source.name)
@@ -107,10 +105,11 @@ class ReferenceStream:
         check_headers(load.source, load.headers, expected, connections=connections)
 
     def _read_other_headers(self) -> None:
-        """Of what is left out, those that tensorizer has not passed over: it reads none before the
-        first tensor that is wanted, nor after the last.
+        """Read the headers of tensors that are left out and that tensorizer has not read: those
+        before the first tensor that is loaded, and after the last one.
 
-        Only now: what fetches ahead brings a file's end only when all ranks are past its beginning.
+        Only at the end: the prefetch process fetches a file's end only when all ranks have passed
+        its beginning.
         """
         load = self._load
         left = [r for r in load.options.left_out if r.header_offset not in load.headers]
@@ -125,7 +124,7 @@ class ReferenceStream:
 
 
 def _require(*, sodium: bool) -> None:
-    """Raises ConfigurationError where tensorizer is missing, or `sodium`, with which it opens."""
+    """Raises ConfigurationError where tensorizer is missing, or libsodium where it is needed."""
     try:
         from tensorizer import _crypt
     except ImportError as error:
@@ -135,7 +134,7 @@ def _require(*, sodium: bool) -> None:
         ) from error
     if sodium and not _crypt.available:
         raise ConfigurationError(
-            "TENSORSERVE_LOADER=reference: tensorizer finds no libsodium to open the file with.",
+            "TENSORSERVE_LOADER=reference: tensorizer finds no libsodium to decrypt the file with.",
             hint="Install it (Debian: libsodium23), or set TENSORSERVE_LOADER=auto.",
         )
 

@@ -1,8 +1,8 @@
-"""What does tensorizer's reader get to read? A file whose index and headers were checked before.
+"""What does tensorizer's reader read? A file object whose index and headers are checked before.
 
-tensorizer believes every length that it reads, ignores how many bytes a read gave, and reads from
-wherever a seek leads. So it gets a file object that fills every read wholly or raises, and that
-gives out no header before it was parsed and compared with the checked index.
+tensorizer trusts every length that it reads, ignores how many bytes a read returns, and seeks to
+any offset. So this object fills every read wholly or raises, and returns no header before it was
+parsed and compared with the checked index.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tensorserve.format import FileIndex, TensorRecord
-
-# The most that is read at once, so that a load that is ended waits for no more than that.
-_PIECE_BYTES = 8 * 1024**2
+from tensorserve.loading.tuning import DEFAULTS
 
 
 class LoadEndedError(RuntimeError):
-    """The load was ended; nobody waits for these bytes any more."""
+    """The load was ended; these bytes are not needed any more."""
 
 
 class ReferenceFile(io.RawIOBase):
@@ -59,7 +57,7 @@ class ReferenceFile(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """Yes; tensorizer seeks forwards alone."""
+        """Yes; tensorizer only seeks forwards."""
         return True
 
     def tell(self) -> int:
@@ -67,7 +65,7 @@ class ReferenceFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As files do, but from the file's end."""
+        """As files do, except from the file's end."""
         if whence not in {io.SEEK_SET, io.SEEK_CUR}:
             raise io.UnsupportedOperation("this file has no end to seek from")
         thread = threading.get_ident()
@@ -91,12 +89,12 @@ class ReferenceFile(io.RawIOBase):
         return length
 
     def end(self, seconds: float) -> None:
-        """Let nobody read any more; waits at most `seconds` for a read that is under way."""
+        """End all reads; waits at most `seconds` for one that is running."""
         self._ended = True
         if self._reading.acquire(timeout=seconds):
             self._reading.release()
-        # Whoever owns this file is named there: with the circle, tensorizer's threads would live
-        # until the next collection of garbage.
+        # They refer to the owner of this file: with that reference cycle, tensorizer's threads
+        # would live until the next garbage collection.
         self._header_of, self._read_data, self._enter = _nothing, _nothing, _nothing
 
     def _fill(self, view: memoryview) -> int:
@@ -109,7 +107,7 @@ class ReferenceFile(io.RawIOBase):
                 self._header = record, self._header_of(record)
             start = self._at - record.header_offset
             return _copy(self._header[1][start : start + len(view)], view)
-        count = min(len(view), record.end - self._at, _PIECE_BYTES)
+        count = min(len(view), record.end - self._at, DEFAULTS.reference_read_bytes)
         if count <= 0:
             raise ValueError(f"byte {self._at} is after the last tensor")
         self._read_data(record, self._at, view[:count])

@@ -1,7 +1,7 @@
-"""How does one TensorDeserializer get what it reads, and give what it makes of it?
+"""How is one TensorDeserializer run: what does it read, and what becomes of its tensors?
 
-Written for tensorizer 2.10.1 to 2.12.1 (tensorizer/serialization.py), whose private names stand
-here alone, but for that of its cipher's presence (reference.py).
+Written for tensorizer 2.10.1 to 2.12.1 (tensorizer/serialization.py). Its private names are used
+in this file only, except the one that tells whether libsodium was found (reference.py).
 """
 
 from __future__ import annotations
@@ -28,26 +28,22 @@ from tensorserve.format import (
     require_digest,
     verify_hashes,
 )
-from tensorserve.format.bounded import DAMAGED_HINT
+from tensorserve.format.byte_reader import DAMAGED_HINT
 from tensorserve.linux import run_on
-from tensorserve.loading.pipeline import LoadOptions
-from tensorserve.loading.progress import LoadProgress
+from tensorserve.loading.counters import LoadProgress
 from tensorserve.loading.read_ahead import ReadAhead
 from tensorserve.loading.reference_file import LoadEndedError, ReferenceFile
+from tensorserve.loading.stream import LoadOptions
+from tensorserve.loading.tuning import DEFAULTS
 from tensorserve.sources import ReplacedError, Source
+from tensorserve.telemetry.names import Stage
 
-# Enough to hide a request's latency; who wants more sets TENSORSERVE_FETCH_CONNECTIONS.
-_CONNECTIONS = 4
-# The part of `ahead_bytes` for what is fetched ahead; the rest is for tensors not yet taken.
-_AHEAD = 4
-# A thread that is still in a read when all is done is left to its timeout.
-_END_SECONDS = 0.5
 _PATH_MARK = b"\x1e"
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is loaded, from where and how."""
+    """A load: its file, its options and its device."""
 
     source: Source
     index: FileIndex
@@ -67,9 +63,9 @@ class DamagedError(Exception):
         self.verdict = verdict
 
 
-class Reading:
-    """One TensorDeserializer at work on `records`, which have data; `damaged`, the first of them,
-    is read anew.
+class ReferenceReading:
+    """One TensorDeserializer that reads `records`, which have data. `damaged`, the first of them,
+    is read past all caches.
     """
 
     def __init__(
@@ -80,35 +76,37 @@ class Reading:
         self._damaged = damaged
         self._records = records
         self._wanted = {record.header_offset for record in records}
-        self._limit = load.options.ahead_bytes - load.options.ahead_bytes // _AHEAD
+        self._limit = (
+            load.options.ahead_bytes - load.options.ahead_bytes // DEFAULTS.reference_ahead_part
+        )
         self._changed = threading.Condition()
         self._out = 0
-        """Bytes of tensors that tensorizer has begun and the consumer has not finished."""
+        """Bytes of tensors that tensorizer has begun and the consumer has not released."""
         self._ended = False
         self._data_at: float | None = None
-        """When the last of a tensor's bytes were given out; monotonic seconds."""
+        """When tensorizer was given the last bytes of a tensor; monotonic seconds."""
         self._parameters = _decryption() if self._index.encrypted else None
         self._file: ReferenceFile | None = None
         self._ahead: ReadAhead | None = None
         self._deserializer: Any = None
         self._tensors: Any = None
 
-    # In the consumer's thread --------------------------------------------------------------------
+    # Called in the consumer's thread -------------------------------------------------------------
 
     def take(self, record: TensorRecord) -> torch.Tensor:
-        """The next tensor, which is `record`'s. Raises DamagedError, and TensorserveError for what
-        tensorizer cannot read.
+        """The next tensor, which is that of `record`. Raises DamagedError, and TensorserveError
+        for what tensorizer cannot read.
         """
         if self._tensors is None:
             self._begin()
         try:
             *_, name, parameter = next(self._tensors)
         except Exception as error:
-            meant = self._meant(error, record)
-            if meant is error:
+            ours = self._as_ours(error, record)
+            if ours is error:
                 raise
-            raise meant from error
-        # A Parameter that wants a gradient: plain tensors are what weight loaders know.
+            raise ours from error
+        # tensorizer gives a Parameter that requires a gradient; weight loaders expect tensors.
         tensor: torch.Tensor = parameter.data
         found = name, str(tensor.dtype), tuple(tensor.shape)
         expected = _path(record), f"torch.{record.dtype}", record.shape
@@ -116,16 +114,15 @@ class Reading:
             raise self._unreadable(f"it gives {found} for {expected}")
         self._compare(record, tensor)
         if tensor.is_cuda:
-            # tensorizer makes it on a stream of its own, where its memory would be filled anew as
-            # soon as nobody names it, while the consumer's stream still reads. Not run on a GPU
-            # yet.
+            # tensorizer allocates it on a stream of its own. Its memory, once freed, might be
+            # written while the consumer's stream still reads it. Not run on a GPU yet.
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         if self._index.encrypted:
-            self._progress.stage("decrypt", record.length, 0.0)
+            self._progress.stage(Stage.DECRYPT, record.length, 0.0)
         return tensor
 
     def _compare(self, record: TensorRecord, tensor: torch.Tensor) -> None:
-        """A manifest's digest, which tensorizer knows nothing of. Raises DamagedError."""
+        """Compare a manifest's digest, which tensorizer does not know. Raises DamagedError."""
         options = self._load.options
         digest = options.digests.get(record.header_offset)
         if not options.verify_hashes or digest is None:
@@ -156,12 +153,12 @@ class Reading:
         if self._ahead is not None:
             self._ahead.stop()
         if self._file is not None:
-            self._file.end(_END_SECONDS)
+            self._file.end(DEFAULTS.join_seconds)
         if self._tensors is not None:
             self._tensors.close()
             self._deserializer.close()
-            # Of the two pools it closes one. The other would live as long as an error whose frames
-            # name it.
+            # It closes one of its two pools. The other one would live as long as an error whose
+            # traceback refers to it.
             if self._deserializer._decryption_pool is not None:
                 self._deserializer._decryption_pool.shutdown(wait=False)
         self._tensors = self._deserializer = None
@@ -178,7 +175,7 @@ class Reading:
         from tensorizer import TensorDeserializer
 
         if self._load.device.type == "cuda":
-            # Else it starts CUDA in a thread, always on the first GPU, whichever is this rank's.
+            # Otherwise it initialises CUDA in a thread, on the first GPU, whichever this rank uses.
             TensorDeserializer._preload_cuda_called = True
         wanted = {_path(record) for record in self._records}
         every = len(self._records) == len(self._index.tensors)
@@ -196,12 +193,12 @@ class Reading:
             raise
         except Exception as error:
             raise self._unreadable(error) from error
-        # Lazy or not, it keeps every tensor that it ever gave.
-        deserializer._cache = _Forgetful()
+        # Lazy or not, it keeps every tensor that it has given.
+        deserializer._cache = _NoCache()
         return deserializer
 
     def _head(self) -> bytes:
-        """The bytes before the first header: those that were parsed and checked, no others."""
+        """The bytes before the first header, which must be those that were parsed and checked."""
         length = self._index.tensors[0].header_offset
         head = bytearray(self._source.read(0, length))
         if hashlib.sha256(head).hexdigest() != self._index.digest:
@@ -215,18 +212,18 @@ class Reading:
 
     def _read_ahead(self) -> ReadAhead | None:
         if not self._source.remote:
-            return None  # the page cache is that memory
+            return None  # the kernel reads local files ahead
         return ReadAhead(
             self._source,
             self._ranges(),
             self._progress,
-            connections=self._load.options.connections or _CONNECTIONS,
-            limit=self._load.options.ahead_bytes // _AHEAD,
+            connections=self._load.options.connections or DEFAULTS.reference_connections,
+            limit=self._load.options.ahead_bytes // DEFAULTS.reference_ahead_part,
             processors=self._load.options.processors,
         )
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """What is read in order: tensorizer reads the headers of tensors that it passes over."""
+        """(start, stop) of what is read, in order: of tensors that are left out, the headers."""
         first, last = self._records[0].header_offset, self._records[-1].header_offset
         for record in self._index.tensors:
             if not first <= record.header_offset <= last or record is self._damaged:
@@ -234,8 +231,8 @@ class Reading:
             wanted = record.header_offset in self._wanted
             yield record.header_offset, record.end if wanted else record.data_offset
 
-    def _meant(self, error: Exception, record: TensorRecord) -> Exception:
-        """What an error that came instead of `record`'s tensor is to the consumer."""
+    def _as_ours(self, error: Exception, record: TensorRecord) -> Exception:
+        """The error to raise for one that tensorizer raised instead of giving a tensor."""
         from tensorizer.serialization import CryptographyError, HashMismatchError
 
         where = f"{self._source.name}: tensor {record.name!r} (offset {record.data_offset})"
@@ -244,7 +241,7 @@ class Reading:
         elif isinstance(error, HashMismatchError):
             found = "does not have the hash that its header gives."
         elif isinstance(error, TensorserveError | RuntimeError | MemoryError):
-            return error  # ours, the device's or the machine's
+            return error  # ours, or one of the device or of memory
         else:
             return self._unreadable(error)
         return DamagedError(CorruptError(f"{where} {found}", hint=DAMAGED_HINT))
@@ -258,22 +255,23 @@ class Reading:
             "without tensorizer.",
         )
 
-    # In tensorizer's thread ----------------------------------------------------------------------
+    # Called in tensorizer's thread ---------------------------------------------------------------
 
     def _enter(self) -> None:
-        """Its threads are made where vLLM has bound the worker, and know no device but the first:
-        leaving a stream of another one would start CUDA on that.
+        """Give a thread of tensorizer's its processors and device. It starts on the processors
+        that vLLM has bound the worker to, with the first GPU as its device: leaving a stream of
+        another GPU would make a context on the first one.
         """
         run_on(self._load.options.processors)
         if self._load.device.type == "cuda":
             torch.cuda.set_device(self._load.device)
 
     def _header(self, record: TensorRecord) -> bytes:
-        """A header that was checked; waits where the consumer is behind."""
+        """A header, checked; waits while the consumer has too many tensors."""
         if self._data_at is not None:
-            # What tensorizer does beside reading: opening what is left, hashes, the way to a GPU.
+            # What tensorizer does between two reads: decryption, hashes, copies to a GPU.
             if self._index.encrypted:
-                self._progress.stage("decrypt", 0, time.monotonic() - self._data_at)
+                self._progress.stage(Stage.DECRYPT, 0, time.monotonic() - self._data_at)
             self._data_at = None
         wanted = record.header_offset in self._wanted
         if wanted:
@@ -290,25 +288,25 @@ class Reading:
         return bytes(data)
 
     def _check(self, record: TensorRecord, data: bytearray, wanted: bool) -> None:
-        """Raises CorruptError as `parse_header` does, and what the key says."""
+        """Parse a header, and set its key. Raises CorruptError, and the errors of the key."""
         header = parse_header(
             record, data, encrypted=self._index.encrypted, source_name=self._source.name
         )
         options = self._load.options
         if wanted and options.verify_hashes:
-            # tensorizer passes over a tensor without a digest.
+            # tensorizer does not check a tensor without a digest.
             require_digest(header, options.digests.get(record.header_offset))
         if wanted and header.chunks is not None:
             assert self._load.key is not None
             assert self._parameters is not None
-            # tensorizer asks for the key when it has the header, in this thread. So a passphrase
-            # is not its business, nor what a forged file asks of the derivation.
+            # tensorizer takes the key when it has the header, in this thread. So it derives no key
+            # from a passphrase itself, with parameters that a forged file may give.
             self._parameters.key = self._load.key.for_header(header)
 
     def _data(self, record: TensorRecord, offset: int, buffer: memoryview) -> None:
         self._read(record, offset, buffer)
         if record is not self._damaged:
-            self._progress.stage("fetch", len(buffer), 0.0)
+            self._progress.stage(Stage.FETCH, len(buffer), 0.0)
         self._data_at = time.monotonic()
 
     def _read(self, record: TensorRecord, offset: int, buffer: memoryview) -> None:
@@ -319,10 +317,10 @@ class Reading:
         else:
             began = time.monotonic()
             self._source.read_into(offset, buffer)
-            self._progress.stage("fetch", 0, time.monotonic() - began)
+            self._progress.stage(Stage.FETCH, 0, time.monotonic() - began)
 
     def _wait_for_room(self, count: int) -> None:
-        """Any size is let in where nothing is out. tensorizer's queue has no end of its own."""
+        """Wait until `count` bytes fit: tensorizer's queue has no limit. A single tensor fits."""
         with self._changed:
             while self._out and self._out + count > self._limit and not self._ended:
                 self._changed.wait()
@@ -331,22 +329,22 @@ class Reading:
             self._out += count
 
 
-class _Forgetful(dict[Any, Any]):
+class _NoCache(dict[Any, Any]):
     """A cache that keeps nothing."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Forgotten."""
+        """Keeps nothing."""
 
 
 def _decryption() -> Any:
-    """tensorizer's parameters, with a key that opens nothing: each header brings its own."""
+    """tensorizer's parameters, with a random key: each header sets its own."""
     from tensorizer import DecryptionParams
 
     return DecryptionParams.from_key(secrets.token_bytes(32))
 
 
 def _path(record: TensorRecord) -> str | tuple[str | int, ...]:
-    """What tensorizer calls it: a name, or the keys of a place in a nested state dict."""
+    """tensorizer's name for it: a string, or the keys of its place in a nested state dict."""
     if record.raw_name.startswith(_PATH_MARK):
         path = tuple(json.loads(record.raw_name[1:]))
         return path[0] if len(path) == 1 and isinstance(path[0], str) else path

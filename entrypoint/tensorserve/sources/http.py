@@ -1,17 +1,16 @@
-"""Ranges over HTTP(S): pooled, resumed, bound to one version, watched. S3 signs on top of it."""
+"""How are ranges read over HTTP(S): pooled, resumed, bound to one version, with stall detection?
+
+S3 uses the same source with a Signer (s3.py).
+"""
 
 from __future__ import annotations
 
 import re
-import threading
-import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
-
-import urllib3
-from urllib3.exceptions import HTTPError
 
 from tensorserve.errors import (
     ConfigurationError,
@@ -19,55 +18,62 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.secret import redact_uri
-from tensorserve.sources.addresses import host_and_port, resolve
-from tensorserve.sources.answers import watch_connections
 from tensorserve.sources.base import (
     Access,
+    CountingObserver,
     FetchObserver,
+    ForbiddenError,
     NotFoundError,
     ReplacedError,
     RetryPolicy,
+    Source,
     Unobserved,
 )
+from tensorserve.sources.curl import curl
+from tensorserve.sources.curl_transport import CurlTransport
+from tensorserve.sources.http_body import asks_for_a_password
 from tensorserve.sources.library_logs import hold_back
-from tensorserve.sources.parts import Filling, ReadsParts
-from tensorserve.sources.retry import Attempts, TryAgain, retry_after
-from tensorserve.sources.wire import Body, Closing, as_passing, read_error_body
+from tensorserve.sources.proxies import ProxyRule
+from tensorserve.sources.retry import TRANSIENT, Attempts, TryAgain, transient
+from tensorserve.sources.scatter_read import Filling
+from tensorserve.sources.ssrf_guard import host_and_port
+from tensorserve.sources.transport import Answer, Expected, Reply, Request, Transport, Verdict
+from tensorserve.sources.tuning import DEFAULTS
+from tensorserve.sources.urllib_transport import UrllibTransport
 
-# Read at open: enough for the header and the index's length, and often for a whole small file.
-HEAD_BYTES = 64 * 1024
-MAX_REDIRECTS = 5
-# 256 KiB a read: large enough that Python's share is small, small enough that the watchdog sees.
-_STEP = 256 * 1024
 # 18 digits: an exbibyte, and no number that int() refuses.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# What an address that was redirected to says when its signature has expired.
+_MOVED_AWAY = frozenset({400, 401, 403, 404, 410})
 
 
 class Signer(Protocol):
-    """Adds what a request needs to be allowed. Called for every attempt, so never stale."""
+    """Signs requests and explains refusals. Each attempt is signed anew."""
 
     @property
     def generation(self) -> int:
-        """Counts renewals: tells which credentials a request was signed with."""
+        """The number of renewals of the credentials, which identifies those in use."""
 
     def sign(self, url: str, headers: dict[str, str]) -> Mapping[str, str]:
         """The headers to send for a GET of `url`."""
 
     def refresh(self, refused: int) -> bool:
-        """Get credentials newer than the generation `refused`; False if there are none.
+        """Gets credentials newer than the generation `refused`; False if there are none.
 
-        Many ranges are refused in the same moment: the first renews, the others use it.
+        Many ranges are refused at the same time: the first call renews, the others reuse the
+        result.
         """
 
     def explain(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception | None:
-        """A better error than the status alone gives (TryAgain, where it passes), or None."""
+        """A more precise error than the status gives (TryAgain for a transient one), or None."""
 
 
-class HttpSource(ReadsParts):
+class HttpSource(Source):
     """One object behind an HTTP(S) URL."""
 
     remote = True
+    long_requests = True
 
     def __init__(
         self,
@@ -78,7 +84,17 @@ class HttpSource(ReadsParts):
         signer: Signer | None = None,
         name: str | None = None,
         ca_bundle: str | None = None,
+        proxies: ProxyRule | None = None,
+        keeps_redirects: bool = False,
     ) -> None:
+        """Opens the object: reads its size, version and first bytes.
+
+        `ca_bundle`: a file of trusted CAs, instead of the system's. `proxies`: by default from the
+        environment. With a `signer`, the path of `url` is not normalised. `keeps_redirects`:
+        further requests go where the first was redirected to, until that is refused. Raises
+        NotFoundError, ForbiddenError, PermissionDeniedError, SourceUnavailableError or
+        ConfigurationError.
+        """
         hold_back()
         host_and_port(url, name or "The model's address")
         self._url, self._authorization = _without_user_info(url)
@@ -88,64 +104,44 @@ class HttpSource(ReadsParts):
         self._policy: RetryPolicy = access.policy
         self._observer = observer or Unobserved()
         self._signer = signer
-        timeout = urllib3.Timeout(
-            connect=self._policy.connect_timeout, read=self._policy.stall_timeout
+        self._transport = _transport(
+            access, ca_bundle, proxies or ProxyRule(), self.name, self._observer
         )
-        self._pool = urllib3.PoolManager(
-            maxsize=access.connections,
-            block=False,
-            retries=False,
-            timeout=timeout,
-            ca_certs=ca_bundle,
-            # blocksize: what http.client reads from the socket at once.
-            blocksize=_STEP,
-        )
-        allowed = access.allowed_hosts
-        watch_connections(self._pool, lambda host, port: resolve(host, port, allowed))
+        self.transport = self._transport.name
+        self._keeps_redirects = keeps_redirects
+        self._moved_to: str | None = None
         self.size = -1
         self.version: str | None = None
         self.pinned = False
         self._etag: str | None = None
         self._modified: str | None = None
         self._head = b""
-        self._bodies: dict[int, Body] = {}
-        """That are being read, by thread."""
-        self._lock = threading.Lock()
         self._open()
 
-    # What sources do -----------------------------------------------------------------------------
+    # The methods of `Source` ---------------------------------------------------------------------
 
-    def read_parts(
-        self,
-        offset: int,
-        lengths: Sequence[int],
-        memory: Callable[[int], memoryview],
-        on_part: Callable[[int], bool],
-    ) -> None:
+    def read_parts(self, offset: int, parts: Filling) -> None:
         """In one request, resumed where a connection broke, bound to one version."""
-        filling = Filling(lengths, memory, on_part)
-        stop = self.within(offset, filling)
+        stop = self.end_of(offset, parts)
         if stop <= len(self._head):
-            filling.take(self._head[offset:stop])
+            parts.take(self._head[offset:stop])
         else:
-            self._fetch(offset, stop, filling)
+            self._fetch(offset, stop, parts)
 
     def read_again(self, offset: int, buffer: memoryview) -> None:
         """See `Source`: the first bytes, kept from the opening, may be damaged as well."""
         filling = Filling.of(buffer)
-        stop = self.within(offset, filling)
+        stop = self.end_of(offset, filling)
         if len(buffer):
             self._fetch(offset, stop, filling)
 
     def hurry(self, thread: int) -> None:
-        """See `Source`: what it reads is asked for anew, from where it is."""
-        with self._lock:
-            if thread in self._bodies:
-                self._bodies[thread].break_off()
+        """See `Source`: ends the connection that `thread` reads, which resumes with a new one."""
+        self._transport.hurry(thread)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._pool.clear()
+        """Closes all connections."""
+        self._transport.close()
 
     # One request ---------------------------------------------------------------------------------
 
@@ -161,154 +157,158 @@ class HttpSource(ReadsParts):
                 attempts.failed(cause)
 
     def _open(self) -> None:
-        """Size, version and first bytes, from one ranged GET (a presigned URL allows no HEAD)."""
+        """Reads size, version and first bytes with one ranged GET: presigned URLs allow no HEAD."""
         attempts = Attempts(self._policy, self._observer, self.name)
         while True:
+            head = bytearray()
             try:
-                response = self._request(0, HEAD_BYTES - 1, pinned=False)
-                with Closing(response):
-                    self._learn(response, attempts)
-                return
+                self._get(
+                    (0, DEFAULTS.head_bytes - 1),
+                    partial(self._learn, head),
+                    attempts,
+                    pinned=False,
+                )
             except TryAgain as cause:
                 attempts.failed(cause)
+            else:
+                self._head = bytes(head)
+                return
 
-    def _learn(self, response: urllib3.BaseHTTPResponse, attempts: Attempts) -> None:
-        if response.status == 416:  # an empty object has no range
-            if response.headers.get("Content-Range", "bytes */0") != "bytes */0":
+    def _learn(self, head: bytearray, answer: Answer) -> Filling:
+        """Takes what the first answer says; its body, the first bytes, goes to `head`."""
+        if answer.status == 416:  # an empty object has no range
+            if answer.headers.get("Content-Range", "bytes */0") != "bytes */0":
                 raise TryAgain("wrong_range", "the server refuses the first bytes of the object")
             self.size = 0
-            return
-        if response.status == 200:
-            # F4: the server ignores Range. If it is the whole small file, that is an answer too.
-            length = response.headers.get("Content-Length", "")
-            if not length.isdecimal() or len(length) > 18 or int(length) > HEAD_BYTES:
+            return Filling.of(memoryview(head))
+        if answer.status == 200:
+            # The server ignores Range. The answer is still usable if it is a whole small file.
+            length = answer.headers.get("Content-Length", "")
+            if not length.isdecimal() or len(length) > 18 or int(length) > DEFAULTS.head_bytes:
                 raise SourceUnavailableError(
                     f"{self.name}: the server does not serve ranges (it answered 200 to one).",
                     hint="tensorserve reads ranges. Serve the model with nginx, S3, or another "
-                    "server that supports them; a proxy between may be stripping the header.",
+                    "server that supports them, and check whether a proxy removes the header.",
                 )
             self.size, count = int(length), int(length)
         else:
-            first, last, self.size = self._content_range(response)
+            first, last, self.size = _content_range(answer)
             count = last - first + 1
-            if first != 0 or count != min(HEAD_BYTES, self.size):
+            if first != 0 or count != min(DEFAULTS.head_bytes, self.size):
                 raise TryAgain("wrong_range", "the server sent another range than was asked for")
-        self._etag = response.headers.get("ETag")
-        self._modified = response.headers.get("Last-Modified")
+        self._etag = answer.headers.get("ETag")
+        self._modified = answer.headers.get("Last-Modified")
         # A weak ETag does not promise equal bytes (RFC 9110, 8.8.1).
         self.pinned = self._has_strong_etag()
         self.version = self._etag if self.pinned else self._modified
-        head = bytearray(count)
-        self._receive(response, Filling.of(memoryview(head)), attempts)
-        self._head = bytes(head)
+        head.extend(bytes(count))
+        return Filling.of(memoryview(head))
 
     def _attempt(self, offset: int, stop: int, filling: Filling, attempts: Attempts) -> None:
-        response = self._request(offset, stop - 1, pinned=True)
-        with Closing(response):
-            if response.status != 206:
-                raise SourceUnavailableError(
-                    f"{self.name}: the server answered {response.status} to a range; that is the "
-                    "whole file or nothing, and is not used as data.",
-                    hint="Does a proxy between here and the source strip the Range header?",
-                )
-            first, last, size = self._content_range(response)
-            if size != self.size:
-                raise self._replaced()
-            if (first, last) != (offset, stop - 1):
-                raise TryAgain("wrong_range", "the server sent another range than was asked for")
-            self._same_version(response)
-            self._receive(response, filling, attempts)
+        def checked(answer: Answer) -> Filling:
+            self._check_range(answer, offset, stop)
+            return filling
 
-    def _receive(
-        self, response: urllib3.BaseHTTPResponse, filling: Filling, attempts: Attempts
-    ) -> None:
-        """The body into `filling`, which knows how much of it came before a TryAgain."""
-        body = Body(response, self._policy.stall_timeout)
-        thread = threading.get_ident()
-        with self._lock:
-            # What is done with a part may be to read something else.
-            outer, self._bodies[thread] = self._bodies.get(thread), body
-        try:
-            self._receive_body(body, response.url or self._url, filling, attempts)
-        except TryAgain as cause:
-            if body.broken_off:
-                raise TryAgain("slow", "it was late", after=0.0) from cause
-            raise
-        finally:
-            with self._lock:
-                if outer is None:
-                    del self._bodies[thread]
-                else:
-                    self._bodies[thread] = outer
+        expected = None
+        if self._etag and self._has_strong_etag():
+            content_range = f"bytes {offset}-{stop - 1}/{self.size}"
+            expected = Expected(content_range, self._etag, stop - offset, filling)
+        self._get((offset, stop - 1), checked, attempts, pinned=True, expected=expected)
 
-    def _receive_body(self, body: Body, url: str, filling: Filling, attempts: Attempts) -> None:
-        window_start, window_bytes = time.monotonic(), 0
-        while not filling.finished:
-            # Outside the watchdog's window: waiting for memory is not the network's fault, nor what
-            # is done with a full part.
-            started = time.monotonic()
-            wanted = filling.wanted
-            window_start += time.monotonic() - started
-            try:
-                count = body.fill(wanted)
-            except (HTTPError, OSError) as error:
-                raise self._as_passing(error, url) from error
-            if not count:
-                raise TryAgain("short_body", "the connection ended before the range did")
-            self._observer.received(count)
-            attempts.progressed(count)
-            window_bytes += count
-            now = time.monotonic()
-            elapsed = now - window_start
-            slow = elapsed >= self._policy.stall_timeout and (
-                window_bytes < self._policy.minimum_rate * elapsed
+    def _check_range(self, answer: Answer, offset: int, stop: int) -> None:
+        """Raises unless `answer` is that range of this version."""
+        if answer.status != 206:
+            raise SourceUnavailableError(
+                f"{self.name}: the server answered {answer.status} to a request for a range, "
+                "not 206; the answer is not used.",
+                hint="Check whether a proxy between here and the source removes the Range header.",
             )
-            last = filling.ends_with(count)
-            filling.add(count)
-            if slow and not last:
-                raise TryAgain("stall", "the connection brings next to nothing")
-            if elapsed >= self._policy.stall_timeout:
-                window_start, window_bytes = time.monotonic(), 0
-            else:
-                window_start += time.monotonic() - now
+        first, last, size = _content_range(answer)
+        if size != self.size:
+            raise self._replaced()
+        if (first, last) != (offset, stop - 1):
+            raise TryAgain("wrong_range", "the server sent another range than was asked for")
+        self._same_version(answer)
 
-    def _request(self, first: int, last: int, *, pinned: bool) -> urllib3.BaseHTTPResponse:
-        """A GET of bytes [first, last], redirects followed. TryAgain for what may pass."""
-        url = self._url
-        for _ in range(MAX_REDIRECTS + 1):
-            host_and_port(url, f"{self.name}: what it redirects to")
-            headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
-            if pinned:
-                self._pin(headers)
-            generation = 0
-            if _origin(url) == self._origin:  # credentials go nowhere else
-                if self._authorization:
-                    headers["Authorization"] = self._authorization
-                if self._signer:
-                    generation = self._signer.generation
-                    headers = dict(self._signer.sign(url, headers))
+    def _get(
+        self,
+        bounds: tuple[int, int],
+        take: Callable[[Answer], Filling],
+        attempts: Attempts,
+        *,
+        pinned: bool,
+        expected: Expected | None = None,
+    ) -> None:
+        """A GET of bytes [first, last], redirects followed. TryAgain for transient errors.
+
+        `take` says where the body of an answer goes, which keeps the progress if TryAgain is
+        raised.
+        """
+
+        def judge(answer: Answer) -> tuple[Verdict, Filling | None]:
+            if _is_redirect(answer):
+                # S3 redirects for another region; the signature is invalid there.
+                return (Verdict.COLLECT if self._signer else Verdict.DROP), None
+            if answer.status in {200, 206, 416}:
+                self._check_stored(answer)
+                return Verdict.TAKE, take(answer)
+            # The body of a transient error has no further information.
+            return (Verdict.DROP if answer.status in TRANSIENT else Verdict.COLLECT), None
+
+        def received(count: int) -> None:
+            if not self._transport.counts:
+                self._observer.received(count)
+            attempts.progressed(count)
+
+        known = self._moved_to
+        url = known or self._url
+        for _ in range(DEFAULTS.most_redirects + 1):
+            if url not in {self._url, known}:
+                host_and_port(url, f"{self.name}: what it redirects to")
+            headers, generation = self._headers(url, bounds, pinned=pinned)
             self._observer.request()
-            try:
-                response = self._pool.request(
-                    "GET", url, headers=headers, preload_content=False, redirect=False
-                )
-            except (HTTPError, OSError) as error:
-                raise self._as_passing(error, url) from error
-            location = response.headers.get("Location")
-            response.url = url  # urllib3's own lacks the host
-            if response.status not in {301, 302, 303, 307, 308} or not location:
-                self._check_status(response, url, generation)
-                return response
-            with Closing(response):
-                if self._signer:  # S3 says "another region" so, where no signature of ours is valid
-                    body = self._error_body(response, url)
-                    explained = self._signer.explain(response.status, response.headers, body)
-                    if explained is not None:
-                        raise explained
-                url = _redirected(url, location, self.name)
+            reply = self._transport.get(
+                Request(url, headers, self._signer is not None, judge, received, expected)
+            )
+            answer = reply.answer
+            if answer is None or answer.status in {200, 206, 416}:
+                if self._keeps_redirects and url != self._url:
+                    self._moved_to = url
+                return
+            if not _is_redirect(answer):
+                if url == known and answer.status in _MOVED_AWAY:
+                    self._moved_to = None
+                    raise TryAgain("moved", "a signed address expired", after=0.0)
+                raise self._refusal(answer, reply, generation)
+            if self._signer:
+                explained = self._signer.explain(answer.status, answer.headers, reply.document)
+                if explained is not None:
+                    raise explained
+            url = _redirected(url, answer.headers["Location"], self.name)
         raise SourceUnavailableError(
-            f"{self.name}: more than {MAX_REDIRECTS} redirects.", hint="Give the final URL."
+            f"{self.name}: more than {DEFAULTS.most_redirects} redirects.",
+            hint="Give the final URL.",
         )
+
+    def _headers(
+        self, url: str, bounds: tuple[int, int], *, pinned: bool
+    ) -> tuple[Mapping[str, str], int]:
+        """(headers for a GET of the bytes `bounds`, the generation of the credentials)."""
+        # The transport adds `Accept-Encoding: identity`. It must not be signed, since proxies
+        # change it.
+        headers = {"Range": f"bytes={bounds[0]}-{bounds[1]}"}
+        if pinned:
+            self._pin(headers)
+        if (
+            url != self._url and _origin(url) != self._origin
+        ):  # credentials are sent to this origin only
+            return headers, 0
+        if self._authorization:
+            headers["Authorization"] = self._authorization
+        if not self._signer:
+            return headers, 0
+        generation = self._signer.generation
+        return self._signer.sign(url, headers), generation
 
     def _has_strong_etag(self) -> bool:
         return bool(self._etag) and not str(self._etag).startswith("W/")
@@ -319,36 +319,42 @@ class HttpSource(ReadsParts):
         elif self._modified:
             headers["If-Unmodified-Since"] = self._modified
 
-    def _check_status(self, response: urllib3.BaseHTTPResponse, url: str, generation: int) -> None:
-        status = response.status
-        if status in {200, 206, 416}:
-            encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding not in {"", "identity"}:
-                with Closing(response):
-                    raise SourceUnavailableError(
-                        f"{self.name}: the server sends it as {encoding!r}.",
-                        hint="Switch compression off for .tensors files.",
-                    )
-            if status == 416 and self.size > 0:
-                with Closing(response):
-                    raise self._replaced()
-            return
-        with Closing(response):
-            if status in _PASSING:  # the text would tell nothing more
-                error: Exception = self._status_error(status, response.headers, b"")
-            else:
-                body = self._error_body(response, url)
-                error = self._status_error(status, response.headers, body)
-            # F5: it was allowed before, so a session may have run out in the middle.
-            if isinstance(error, PermissionDeniedError) and self._signer and self.size >= 0:
-                raise _Refused(generation, error)
-            raise error
+    def _check_stored(self, answer: Answer) -> None:
+        if not self._as_stored(answer):
+            raise SourceUnavailableError(
+                f"{self.name}: the server sends it as {answer.headers['Content-Encoding']!r}.",
+                hint="Switch off the server's compression for .tensors files.",
+            )
+        if answer.status == 416 and self.size > 0:
+            raise self._replaced()
 
-    def _error_body(self, response: urllib3.BaseHTTPResponse, url: str) -> bytes:
-        try:
-            return read_error_body(response, self._policy.stall_timeout)
-        except (HTTPError, OSError) as error:
-            raise self._as_passing(error, url) from error
+    def _refusal(self, answer: Answer, reply: Reply, generation: int) -> Exception:
+        """The error for an answer with another status."""
+        error = self._status_error(answer.status, answer.headers, reply.document)
+        # An earlier request was allowed, so the session token may have expired since.
+        may_pass = self._signer is not None and self.size >= 0 and answer.status != 407
+        if may_pass and isinstance(error, PermissionDeniedError):
+            return _Refused(generation, error)
+        return error
+
+    def _as_stored(self, response: Answer) -> bool:
+        """Whether the body has the object's stored bytes, whatever Content-Encoding says.
+
+        S3 returns the Content-Encoding that was set at upload: `aws-chunked` is the transfer coding
+        of the upload, which some servers keep, and `gzip` describes the stored bytes. boto3 ignores
+        it (httpsession.py: decode_content=False). A body that a proxy compressed has another length
+        than the range.
+        """
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in {"", "identity"}:
+            return True
+        if self._signer is None and encoding != "aws-chunked":
+            return False
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        length = response.headers.get("Content-Length", "")
+        if not found:  # not a range: the whole object, or an error
+            return length.isdecimal()
+        return length == str(int(found[2]) - int(found[1]) + 1)
 
     def _status_error(self, status: int, headers: Mapping[str, str], body: bytes) -> Exception:
         if status == 412:
@@ -356,36 +362,35 @@ class HttpSource(ReadsParts):
         explained = self._signer.explain(status, headers, body) if self._signer else None
         if explained is not None:
             return explained
-        if status in {401, 403}:
+        if status == 407:
+            return asks_for_a_password(self.name)
+        if status == 401:
             return PermissionDeniedError(
-                f"{self.name}: the server refuses to serve it (status {status}).",
-                hint="Has a presigned URL expired, or are credentials missing?",
+                f"{self.name}: the server asks for credentials (status 401).",
+                hint="Add them to the URL: https://user:password@host/path.",
+            )
+        if status == 403:
+            return ForbiddenError(
+                f"{self.name}: the server refuses to serve it (status 403); some servers answer so "
+                "for missing files.",
+                hint="Check the path, whether a presigned URL has expired, and whether credentials "
+                "are missing.",
             )
         if status in {404, 410}:
             return NotFoundError(f"{self.name} does not exist (status {status}).")
-        if status in _PASSING:
-            return TryAgain(
-                f"status_{status}",
-                f"the server answers {status}",
-                after=retry_after(headers.get("Retry-After")),
-            )
+        if status in TRANSIENT:
+            return transient(status, headers)
         return SourceUnavailableError(f"{self.name}: the server answers {status}.")
 
     def _renew(self, refused: _Refused, attempts: Attempts) -> None:
-        """F5: TryAgain with new credentials, or the refusal itself where they are no help."""
+        """Raises TryAgain after a renewal of the credentials, else the refusal itself."""
         assert self._signer is not None
         if not attempts.may_renew() or not self._signer.refresh(refused.generation):
             raise refused.error from None
         raise TryAgain("expired", "the credentials expired", after=0.0)
 
-    def _content_range(self, response: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if not match:
-            raise TryAgain("wrong_range", "the server gives no usable Content-Range")
-        return int(match[1]), int(match[2]), int(match[3])
-
-    def _same_version(self, response: urllib3.BaseHTTPResponse) -> None:
-        """What the server says of this range is what it said at open, with precondition or not."""
+    def _same_version(self, response: Answer) -> None:
+        """Checks that this response has the version of the open, also without a precondition."""
         expected = {"ETag": self._etag}
         if not self._has_strong_etag():
             expected["Last-Modified"] = self._modified
@@ -402,17 +407,44 @@ class HttpSource(ReadsParts):
             hint="Start again; upload models under a new name instead of over an old one.",
         )
 
-    def _as_passing(self, error: HTTPError | OSError, url: str) -> TryAgain:
-        return as_passing(error, url, self.name, self._policy.stall_timeout)
+
+def open_object(uri: str, access: Access, observer: FetchObserver | None) -> HttpSource:
+    """Opens an http(s):// URL. Raises the sources' errors."""
+    return HttpSource(uri, access, observer)
+
+
+def list_objects(_uri: str, _access: Access) -> None:
+    """A web server has no list of its files that all of them would give alike."""
 
 
 class _Refused(Exception):
-    """The credentials of this generation were refused in the middle."""
+    """Credentials of this generation were refused although an earlier request was allowed."""
 
     def __init__(self, generation: int, error: PermissionDeniedError) -> None:
         super().__init__(error.message)
         self.generation = generation
         self.error = error
+
+
+def _transport(
+    access: Access, ca_bundle: str | None, rule: ProxyRule, source: str, observer: FetchObserver
+) -> Transport:
+    found = curl()
+    if found is None:
+        return UrllibTransport(access, ca_bundle, rule, source)
+    counter = observer.counter if isinstance(observer, CountingObserver) else None
+    return CurlTransport(found, access, ca_bundle, rule, source, counter)
+
+
+def _is_redirect(answer: Answer) -> bool:
+    return answer.status in _REDIRECTS and bool(answer.headers.get("Location"))
+
+
+def _content_range(answer: Answer) -> tuple[int, int, int]:
+    match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    if not match:
+        raise TryAgain("wrong_range", "the server gives no usable Content-Range")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _without_user_info(url: str) -> tuple[str, str | None]:
@@ -434,12 +466,12 @@ def _redirected(url: str, location: str, name: str) -> str:
         target = urljoin(url, location)
         parts = urlsplit(target)
     except ValueError as error:
-        raise ConfigurationError(f"{name}: redirects to what is not a URL.") from error
+        raise ConfigurationError(f"{name}: redirects to an invalid URL.") from error
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigurationError(f"{name}: redirects to {parts.scheme!r}, which is not HTTP.")
     if urlsplit(url).scheme == "https" and parts.scheme == "http":
         raise ConfigurationError(
             f"{name}: redirects from https to plain http ({parts.hostname}).",
-            hint="Give an https URL of the final place.",
+            hint="Give the https URL of the final location.",
         )
     return target

@@ -1,18 +1,24 @@
-"""What may the libraries below the sources log? Not what lets somebody in, unless asked by name."""
+"""How are secrets kept out of the logs of requests: our own and those of libraries?"""
 
 from __future__ import annotations
 
 import logging
 
-# At DEBUG, urllib3 writes whole URLs with their signatures, botocore session tokens and the
-# strings that it signs.
-_LIBRARIES = ("urllib3", "botocore", "boto3", "s3transfer")
+# At DEBUG, urllib3 logs URLs with their signatures; botocore logs session tokens and the strings
+# that it signs.
+_LIBRARIES = (
+    "urllib3", "botocore", "boto3", "s3transfer", "google", "azure", "msal", "hvac",
+    "tensorserve.requests",
+)  # fmt: skip
+
+REQUESTS = logging.getLogger("tensorserve.requests")
+"""libcurl's requests, at DEBUG: method, URL and status, as urllib3 logs its own."""
 
 
 def hold_back() -> None:
-    """Keep these loggers above DEBUG, whatever the root logger's level is or becomes.
+    """Sets these loggers to INFO, so that a root logger at DEBUG does not affect them.
 
-    One whose level somebody has set by name keeps it, and so do loggers below it.
+    A logger with an explicitly set level keeps it, and so do its child loggers.
     """
     for name in _LIBRARIES:
         logger = logging.getLogger(name)

@@ -1,10 +1,9 @@
-"""Files: a path, or file://."""
+"""How are files (a path, or file://) read and listed?"""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,11 +14,18 @@ from tensorserve.errors import (
     SourceUnavailableError,
 )
 from tensorserve.secret import redact_uri
-from tensorserve.sources.base import FetchObserver, NotFoundError, ReplacedError, Unobserved
-from tensorserve.sources.parts import Filling, ReadsParts
+from tensorserve.sources.base import (
+    Access,
+    FetchObserver,
+    NotFoundError,
+    ReplacedError,
+    Source,
+    Unobserved,
+)
+from tensorserve.sources.scatter_read import Filling
 
 
-class LocalSource(ReadsParts):
+class LocalSource(Source):
     """One file. Its identity is checked at every read: a file that changes is not a version."""
 
     remote = False
@@ -29,10 +35,12 @@ class LocalSource(ReadsParts):
         self.name = str(path)
         self._observer = observer or Unobserved()
         try:
-            # O_NONBLOCK: opening a pipe would wait for its writer. Files know no such waiting.
+            # O_NONBLOCK: opening a pipe would wait for its writer. It has no effect on files.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"{path} does not exist.", hint="Is the volume mounted?") from error
+            raise NotFoundError(
+                f"{path} does not exist.", hint="Check the path, and that the volume is mounted."
+            ) from error
         except PermissionError as error:
             raise _unreadable(path) from error
         except OSError as error:
@@ -43,52 +51,45 @@ class LocalSource(ReadsParts):
             what = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
             raise NotFoundError(
                 f"{path} is {what}, a file was expected.",
-                hint="Give the directory of the bundle, or the .tensors file itself.",
+                hint="Give the bundle's directory, or the .tensors file itself.",
             )
         self.size = info.st_size
-        self.version: str | None = _identity(info)
+        self.version: str | None = file_identity(info)
 
-    def read_parts(
-        self,
-        offset: int,
-        lengths: Sequence[int],
-        memory: Callable[[int], memoryview],
-        on_part: Callable[[int], bool],
-    ) -> None:
+    def read_parts(self, offset: int, parts: Filling) -> None:
         """See `Source`. Raises ReplacedError if the file changed or is too short."""
-        filling = Filling(lengths, memory, on_part)
-        self.within(offset, filling)
+        self.end_of(offset, parts)
         self._observer.request()
-        while not filling.finished:
-            wanted = filling.wanted
+        while not parts.finished:
+            wanted = parts.wanted
             try:
-                count = os.preadv(self._fd, [wanted], offset + filling.done)
+                count = os.preadv(self._fd, [wanted], offset + parts.done)
             except OSError as error:
                 raise SourceUnavailableError(f"{self.name}: {error.strerror}.") from error
             if not count:
                 raise ReplacedError(
-                    f"{self.name} ends at byte {offset + filling.done}; {self.size} were there at "
+                    f"{self.name} ends at byte {offset + parts.done}; {self.size} were there at "
                     "first.",
                     hint="The file was truncated while it was read. Start again.",
                 )
             self._observer.received(count)
-            # Before the part is used: a change that came before it was read is seen here.
-            if count == len(wanted) and _identity(os.fstat(self._fd)) != self.version:
+            # Checked before the part is used, so that a change before its read is found.
+            if count == len(wanted) and file_identity(os.fstat(self._fd)) != self.version:
                 raise ReplacedError(
                     f"{self.name} was changed while it was read.",
                     hint="Start again; put new models under a new name instead of over an old one.",
                 )
-            filling.add(count)
+            parts.add(count)
 
     def close(self) -> None:
-        """Close the descriptor. May be called twice."""
+        """Closes the descriptor. May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def local_path(uri: str) -> Path:
-    """The path that `uri` (a path, or file:///...) means. Raises ConfigurationError."""
+    """The path of `uri` (a path, or file:///...). Raises ConfigurationError for another host."""
     if not uri.startswith("file://"):
         return Path(uri)
     # Not urlsplit: "?" and "#" are ordinary characters in a file's name.
@@ -96,24 +97,37 @@ def local_path(uri: str) -> Path:
     if not path.startswith("/"):
         raise ConfigurationError(
             f"{redact_uri(uri)} names a file on another host.",
-            hint="Three slashes make an absolute path: file:///models/my-model.",
+            hint="Use three slashes for an absolute path: file:///models/my-model.",
         )
     return Path(unquote(path))
 
 
-def list_directory(root: Path) -> dict[str, int]:
-    """{relative name: bytes} of the files below `root`. Links that lead out of it are refused.
+def open_object(uri: str, _access: Access, observer: FetchObserver | None) -> Source:
+    """Opens a path or file:// URI. Raises the sources' errors."""
+    return LocalSource(local_path(uri), observer)
 
-    Raises NotFoundError, CorruptError (such a link) or PermissionDeniedError.
+
+def list_objects(uri: str, _access: Access) -> dict[str, int]:
+    """See `sources.list_names`."""
+    return list_directory(local_path(uri))
+
+
+def list_directory(root: Path) -> dict[str, int]:
+    """{relative name: size in bytes} of the files below `root`.
+
+    Raises NotFoundError, CorruptError for a link that leads out of `root`, PermissionDeniedError or
+    SourceUnavailableError.
     """
     if not root.is_dir():
-        raise NotFoundError(f"{root} is not a directory.", hint="Is the volume mounted?")
+        raise NotFoundError(
+            f"{root} is not a directory.", hint="Check the path, and that the volume is mounted."
+        )
     real_root = root.resolve()
     found: dict[str, int] = {}
     for directory, directories, files in os.walk(root, onerror=_cannot_list):
         for name in [*directories, *files]:
             path = Path(directory, name)
-            # A volume of a Kubernetes secret or config map is made of links inside itself.
+            # Links inside the directory are allowed: a Kubernetes secret or config map has them.
             if not path.resolve().is_relative_to(real_root):
                 raise CorruptError(
                     f"{path} is a link that leads out of the bundle.", hint="Copy the file instead."
@@ -124,7 +138,7 @@ def list_directory(root: Path) -> dict[str, int]:
 
 
 def _cannot_list(error: OSError) -> None:
-    """What os.walk would pass over in silence: a file not seen now is a puzzle later."""
+    """Raises errors that os.walk ignores by default, so that no file is silently missing."""
     if isinstance(error, PermissionError):
         raise _unreadable(error.filename) from error
     raise SourceUnavailableError(f"{error.filename}: {error.strerror}.") from error
@@ -132,13 +146,13 @@ def _cannot_list(error: OSError) -> None:
 
 def _unreadable(path: Path | str) -> PermissionDeniedError:
     return PermissionDeniedError(
-        f"{path} cannot be read by user {os.getuid()}.",
+        f"{path} cannot be read by user {os.geteuid()}.",
         hint="Give the container's user read access (chmod o+r, or a matching group).",
     )
 
 
-def _identity(info: os.stat_result) -> str:
-    # The time of the last write can be set back (`cp -p`, `rsync -t --inplace`); that of the last
-    # change of the inode cannot.
+def file_identity(info: os.stat_result) -> str:
+    """What names a version of a file: another content has another one."""
+    # mtime can be set back (`cp -p`, `rsync -t --inplace`); ctime cannot.
     times = f"{info.st_mtime_ns}-{info.st_ctime_ns}"
     return f"{times}-{info.st_size}-{info.st_dev}-{info.st_ino}"

@@ -1,22 +1,25 @@
-"""When is a range tried again, after how long, and when is it given up? One policy for all."""
+"""When is a request retried, after which delay, and when does it fail?"""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 from tensorserve.errors import SourceUnavailableError
 from tensorserve.sources.base import FetchObserver, RetryPolicy
+from tensorserve.sources.tuning import DEFAULTS
 
-# A server may ask for patience, but not for more than this at a time.
-MAX_RETRY_AFTER = 60.0
-# After so many failures in a row, a pause is made although none was asked for.
-_UNPAUSED = 3
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
+"""Statuses of an HTTP answer after which the same request is sent again."""
 
 
 class TryAgain(Exception):
-    """One attempt failed in a way that may pass; `reason` is a metric label."""
+    """One attempt failed with a transient error; `reason` is a metric label.
+
+    `after`: seconds to wait before the next attempt; None: the policy decides.
+    """
 
     def __init__(self, reason: str, message: str, *, after: float | None = None) -> None:
         super().__init__(message)
@@ -26,7 +29,7 @@ class TryAgain(Exception):
 
 
 class Attempts:
-    """The attempts at one range: counts them, waits between them, ends them."""
+    """The attempts at one range: counts them, waits between them and limits them."""
 
     def __init__(self, policy: RetryPolicy, observer: FetchObserver, name: str) -> None:
         self._policy = policy
@@ -38,10 +41,10 @@ class Attempts:
         self._progress_at = time.monotonic()
 
     def progressed(self, count: int) -> None:
-        """`count` bytes arrived. Patience starts anew, unless they only trickle in.
+        """`count` bytes arrived. Resets the deadline if their average rate is high enough.
 
-        Measured since patience began, pauses included: else a source that gives a few bytes to
-        each connection is never given up.
+        The rate is measured since the last reset, pauses included. Otherwise a source that gives a
+        few bytes to each connection would never fail.
         """
         self._bytes += count
         if self._bytes >= self._policy.minimum_rate * (time.monotonic() - self._progress_at):
@@ -51,57 +54,67 @@ class Attempts:
             self._progress_at = time.monotonic()
 
     def may_renew(self) -> bool:
-        """Whether new credentials are worth a try: once between two bytes of progress."""
+        """Whether credentials may be renewed: once until there is progress again."""
         if self._renewed:
             return False
         self._renewed = True
         return True
 
     def failed(self, cause: TryAgain) -> None:
-        """Wait before the next attempt, or raise SourceUnavailableError if there is to be none."""
+        """Waits before the next attempt. Raises SourceUnavailableError if there is none left."""
         self._failures += 1
         waited = time.monotonic() - self._progress_at
         policy = self._policy
         left = policy.deadline - waited
         enough = policy.attempts is not None and self._failures >= policy.attempts
-        # What a server asks for is believed: it will not answer sooner.
+        # If Retry-After exceeds the time left, waiting is useless: the server will not answer
+        # before.
         if enough or left <= 0 or (cause.after or 0) > left:
             raise SourceUnavailableError(
                 f"{self._name}: {cause.message} "
                 f"({self._failures} attempts in {waited:.0f} s without progress).",
-                hint="Is the source reachable from here? Start again when it is; "
-                "TENSORSERVE_FETCH_DEADLINE sets the patience.",
+                hint="Check that the source is reachable from here, then start again. "
+                "TENSORSERVE_FETCH_DEADLINE sets the seconds without progress.",
             ) from cause
         self._observer.retry(cause.reason)
-        # One attempt more at the very end, rather than none in the last of the pauses.
+        # The pause is shortened, so that the last attempt is at the deadline.
         time.sleep(min(self._pause(cause.after), left))
 
     def _pause(self, asked: float | None) -> float:
         backoff = full_jitter(self._failures, self._policy)
         if asked is None:
             return backoff
-        # Whoever asks for no pause at all, again and again, is not asked without one for ever.
-        return asked if self._failures <= _UNPAUSED else max(asked, backoff)
+        # A server that keeps sending `Retry-After: 0` gets the back-off all the same.
+        return asked if self._failures <= DEFAULTS.unpaused_failures else max(asked, backoff)
 
 
 def full_jitter(failures: int, policy: RetryPolicy) -> float:
     """Seconds to wait: uniform in [0, min(cap, base × 2^failures)].
 
-    "Full jitter" of AWS's Exponential Backoff And Jitter (2015): the least work for the server.
+    "Full jitter" in AWS's Exponential Backoff And Jitter (2015), the least load for the server.
     """
     return random.uniform(
         0, min(policy.backoff_cap, policy.backoff_base * 2.0 ** min(failures, 32))
     )
 
 
+def transient(status: int, headers: Mapping[str, str]) -> TryAgain:
+    """For an answer with one of the statuses TRANSIENT."""
+    return TryAgain(
+        f"status_{status}",
+        f"the server answers {status}",
+        after=retry_after(headers.get("Retry-After")),
+    )
+
+
 def retry_after(value: str | None, now: float | None = None) -> float | None:
-    """Seconds that a Retry-After header (seconds, or an HTTP date) asks for, capped; else None."""
+    """Seconds in a Retry-After header (a number, or an HTTP date), capped; None if invalid."""
     if not value:
         return None
     if value.strip().isdecimal():
-        return min(float(value), MAX_RETRY_AFTER)
+        return min(float(value), DEFAULTS.most_retry_after)
     try:
         moment = parsedate_to_datetime(value).timestamp()
     except ValueError:
         return None
-    return min(max(0.0, moment - (time.time() if now is None else now)), MAX_RETRY_AFTER)
+    return min(max(0.0, moment - (time.time() if now is None else now)), DEFAULTS.most_retry_after)

@@ -7,13 +7,25 @@ import re
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import redact_uri
 
-# What S3 has ever allowed, and what servers that speak like it allow (botocore refuses the rest).
+# All names that S3 has ever allowed, or that S3-compatible servers allow. botocore refuses others.
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+# The ARN of an access point; a multi-region access point has no region in its ARN.
+_ACCESS_POINT = re.compile(
+    r"(arn:[a-z-]{1,20}:s3(?:-outposts|-object-lambda)?:[a-z0-9-]{0,30}:\d{12}:"
+    r"(?:accesspoint|outpost/[a-z0-9-]{1,63}/accesspoint)/[A-Za-z0-9.-]{1,63})(?:/(.*))?",
+    re.DOTALL,
+)
 
 
 def split_s3(uri: str) -> tuple[str, str]:
-    """(bucket, key) of s3://bucket/key. ConfigurationError for what cannot be a bucket's name."""
+    """(bucket, key) of s3://bucket/key. An access point's ARN counts as a bucket.
+
+    Raises ConfigurationError for an invalid bucket name.
+    """
     # Not urlsplit: "?" and "#" are ordinary characters in a key.
+    found = _ACCESS_POINT.fullmatch(uri.removeprefix("s3://"))
+    if found:
+        return found[1], found[2] or ""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise ConfigurationError(

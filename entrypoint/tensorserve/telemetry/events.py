@@ -1,22 +1,21 @@
 """How do the processes of a start tell each other what happened? An append-only file of JSON lines.
 
-Each event is `{"t": monotonic s, "w": wall s, "pid": int, "event": str, ...}`. CLOCK_MONOTONIC is
-one clock for the whole system, so `t` compares across processes (clock_gettime(2)).
+event_codec.py says what a line holds. CLOCK_MONOTONIC is one clock for the whole system, so the
+times of events compare across processes (clock_gettime(2)).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-Event = dict[str, Any]
+from tensorserve.telemetry.event_codec import MOST_LINE_BYTES, Record, decode, encode
+from tensorserve.telemetry.schema import Event
 
 _FILE = "events.jsonl"
 _PREVIOUS_FILE = "events.previous.jsonl"
@@ -28,9 +27,9 @@ def events_path(state_dir: Path) -> Path:
 
 
 def new_log(state_dir: Path) -> EventLog:
-    """A fresh log in `state_dir`; the one before is kept as `events.previous.jsonl`.
+    """A new log in `state_dir`; the one before is kept as `events.previous.jsonl`.
 
-    Never raises OSError: where the old log cannot be put aside, the new start is appended to it.
+    Never raises OSError: where the old log cannot be renamed, the new start is appended to it.
     """
     path = events_path(state_dir)
     log = EventLog(path)
@@ -46,8 +45,8 @@ def new_log(state_dir: Path) -> EventLog:
 class EventLog:
     """Appends events to `path` (mode 0600). Threads and processes may append to one file at once.
 
-    A log that cannot be written must not end a start: such failures are counted in
-    `failed_writes` and reported once, on stderr.
+    A log that cannot be written does not end a start: failed writes are counted in `failed_writes`
+    and reported once, on stderr.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,15 +56,9 @@ class EventLog:
         self._torn = False
         self.failed_writes = 0
 
-    def emit(self, event: str, **fields: Any) -> None:
+    def emit(self, event: Event) -> None:
         """Append one event. Never raises OSError; values that are not JSON are written as text."""
-        record = {
-            "t": time.monotonic(),
-            "w": time.time(),
-            "pid": os.getpid(),
-            "event": event,
-            **fields,
-        }
+        record = encode(event, t=time.monotonic(), wall=time.time(), pid=os.getpid())
         line = json.dumps(record, default=str).encode() + b"\n"
         with self._lock:
             if self._torn:
@@ -75,7 +68,7 @@ class EventLog:
             except OSError as error:
                 self.report_failure(error)
                 return
-            # A short write is how a disk that has just become full shows itself.
+            # On a disk that has just become full, a write is short.
             self._torn = written < len(line)
             if self._torn:
                 self.report_failure(OSError(0, f"only {written} of {len(line)} bytes written"))
@@ -85,7 +78,7 @@ class EventLog:
         self.failed_writes += 1
         if self.failed_writes > 1:
             return
-        # Nowhere is left to say it when stderr itself is closed.
+        # stderr may be closed.
         with suppress(OSError, ValueError):
             print(
                 f"tensorserve: warning: {self._path} cannot be written: {error.strerror}. "
@@ -95,14 +88,14 @@ class EventLog:
             )
 
     def close(self) -> None:
-        """Let go of the file; a later `emit` opens it again."""
+        """Close the file; a later `emit` opens it again."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _open(self) -> int:
-        # Kept open, so that a process left over from an earlier start goes on writing into the log
-        # of that start after `new_log` has put it aside.
+        # Kept open: a process that is left over from an earlier start writes into the log of that
+        # start, also after `new_log` has renamed it.
         if self._descriptor is None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags, 0o600)
@@ -113,7 +106,7 @@ class EventLog:
 
 
 class Follower:
-    """Reads a log that others still append to."""
+    """Reads a log while other processes append to it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -121,9 +114,9 @@ class Follower:
         self._offset = 0
         self._rest = b""
         self.damaged = 0
-        """Lines skipped because they are no event: what a full disk or a kill can leave behind."""
+        """Lines skipped because they are no event: a full disk or a kill may leave such lines."""
 
-    def poll(self) -> list[Event]:
+    def poll(self) -> list[Record]:
         """The events that came since the last poll; none while there is no file yet.
 
         A last line without its newline is left for a later poll. Raises OSError where the file
@@ -140,30 +133,19 @@ class Follower:
         except FileNotFoundError:
             return []
         self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        events = []
+        *lines, rest = (self._rest + data).split(b"\n")
+        # Of a line that is too long, enough is kept to skip it when it ends.
+        self._rest = rest[: MOST_LINE_BYTES + 1]
+        records = []
         for line in filter(None, lines):
-            event = _parse(line)
-            if event is None:
+            record = decode(line)
+            if record is None:
                 self.damaged += 1
             else:
-                events.append(event)
-        return events
+                records.append(record)
+        return records
 
 
-def read_events(path: Path) -> list[Event]:
+def read_events(path: Path) -> list[Record]:
     """Every whole event of the log at `path`; empty where there is none. Raises OSError."""
     return Follower(path).poll()
-
-
-def _parse(line: bytes) -> Event | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return None
-    moment = event.get("t")
-    if isinstance(moment, bool) or not isinstance(moment, int | float):
-        return None
-    return event if math.isfinite(moment) else None

@@ -1,4 +1,4 @@
-"""What does a start answer over HTTP? /metrics, /livez, /readyz, /startupz, and the start page."""
+"""What does the exporter answer over HTTP? /metrics, probes, and the start page."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from tensorserve.errors import ConfigurationError
-from tensorserve.telemetry import page
-from tensorserve.telemetry.answering import Answer, AnsweringServer, Request
+from tensorserve.telemetry import page, page_html
+from tensorserve.telemetry.http_server import HttpServer, Request, Response
 from tensorserve.telemetry.metrics import StartCollector
 from tensorserve.telemetry.readiness import Status, Watcher
 
@@ -33,24 +33,23 @@ _HEADERS = {
 def serve_exporter(
     state_dir: Path, host: str, port: int, stop: threading.Event | None = None
 ) -> None:
-    """Answer until `stop` is set (for ever without one). Raises ConfigurationError, OSError.
+    """Response until `stop` is set (for ever without one). Raises ConfigurationError, OSError.
 
-    Nothing is caught here: a process that can no longer read the log must end and be started again
-    by its supervisor rather than show an old state for ever.
+    An OSError is not caught: a process that can no longer read the log ends, and its supervisor
+    starts it again. Otherwise it would show an old state for ever.
     """
     with Exporter(state_dir, host, port) as exporter:
         exporter.watch(stop or threading.Event())
 
 
 class Exporter(AbstractContextManager["Exporter"]):
-    """The HTTP server on `host`:`port` (0: any free one); it answers while the context lasts."""
+    """The HTTP server on `host`:`port` (0: any free port). It answers within its context."""
 
     def __init__(self, state_dir: Path, host: str, port: int) -> None:
         self._watcher = Watcher(state_dir)
-        self._start_page = page.StartPage(state_dir)
         self._registry = CollectorRegistry()
         self._registry.register(StartCollector(self._watcher.look))
-        self._routes: dict[str, Callable[[Request], Answer]] = {
+        self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._page,
             "/start.json": self._page_data,
             "/metrics": self._metrics,
@@ -59,7 +58,7 @@ class Exporter(AbstractContextManager["Exporter"]):
             "/startupz": self._startup,
         }
         try:
-            self._server = AnsweringServer(host, port, self._answer)
+            self._server = HttpServer(host, port, self._answer)
         except OSError as error:
             raise ConfigurationError(
                 f"The metrics cannot listen on {host} port {port}: {error.strerror}.",
@@ -80,68 +79,69 @@ class Exporter(AbstractContextManager["Exporter"]):
         self._server.close()
 
     def watch(self, stop: threading.Event) -> None:
-        """Ask the engine's /health again and again until `stop` is set."""
+        """Probe the engine's /health repeatedly until `stop` is set."""
         while not stop.wait(self._watcher.step()):
             pass
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: Request) -> Response:
         if request.method in {"GET", "HEAD"}:
             answer = self._routes.get(request.path, _unknown)(request)
         else:
             answer = _text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD.\n")
             answer = replace(answer, headers={"Allow": "GET, HEAD"})
-        # One policy an answer: of two, a browser obeys what both allow.
+        # One policy only: a browser enforces every policy that an answer has.
         return replace(answer, headers={**_HEADERS, **answer.headers})
 
-    def _metrics(self, request: Request) -> Answer:
+    def _metrics(self, request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        # Before the samples are taken: what was written by now is in them.
+        # Asked before the samples are taken: a failure that is known now is in them.
         failed = self._watcher.look().state.failure is not None
         then = self._watcher.failure_was_scraped if failed else None
-        return Answer(HTTPStatus.OK, content_type, encode(self._registry), then=then)
+        return Response(HTTPStatus.OK, content_type, encode(self._registry), then=then)
 
-    def _live(self, _request: Request) -> Answer:
+    def _live(self, _request: Request) -> Response:
         return _json(HTTPStatus.OK, {"live": True})
 
-    def _ready(self, _request: Request) -> Answer:
+    def _ready(self, _request: Request) -> Response:
         status = self._watcher.look()
         return _json(_code(status), {"ready": status.ready, "reason": status.waiting_for})
 
-    def _startup(self, _request: Request) -> Answer:
+    def _startup(self, _request: Request) -> Response:
         status = self._watcher.look()
         return _json(_code(status), document(status))
 
-    def _page(self, _request: Request) -> Answer:
-        content = self._start_page.view(self._watcher.look())
-        return Answer(
+    def _page(self, _request: Request) -> Response:
+        content = page.view(self._watcher.look())
+        return Response(
             HTTPStatus.OK,
             "text/html; charset=utf-8",
-            page.render(content).encode(),
-            {"Content-Security-Policy": page.policy()},
+            page_html.render(content).encode(),
+            {"Content-Security-Policy": page_html.policy()},
         )
 
-    def _page_data(self, _request: Request) -> Answer:
-        # 200 at any time: a browser would log the 503 of /startupz as an error every second.
-        return _json(HTTPStatus.OK, self._start_page.view(self._watcher.look()))
+    def _page_data(self, _request: Request) -> Response:
+        # Always 200: a browser would log each 503 as an error.
+        return _json(HTTPStatus.OK, page.view(self._watcher.look()))
 
 
-def _unknown(_request: Request) -> Answer:
+def _unknown(_request: Request) -> Response:
     return _text(HTTPStatus.NOT_FOUND, "Not found.\n")
 
 
-def _text(code: HTTPStatus, text: str) -> Answer:
-    return Answer(code, "text/plain; charset=utf-8", text.encode())
+def _text(code: HTTPStatus, text: str) -> Response:
+    return Response(code, "text/plain; charset=utf-8", text.encode())
 
 
-def _json(code: HTTPStatus, content: dict[str, Any]) -> Answer:
-    return Answer(code, "application/json", json.dumps(content).encode() + b"\n")
+def _json(code: HTTPStatus, content: dict[str, Any]) -> Response:
+    return Response(code, "application/json", json.dumps(content).encode() + b"\n")
 
 
 def document(status: Status) -> dict[str, Any]:
-    """What /startupz says. Bytes, seconds, bytes a second; `eta`: until the load is complete.
+    """The JSON of /startupz. Bytes, seconds, bytes a second; `eta`: until the load is complete.
 
-    `last_advance`: seconds since a phase changed or bytes went through a stage. Failures show their
-    reason and code alone: their messages name the user's files, and this port asks for no password.
+    `last_advance`: seconds since a phase changed or bytes went through a stage. Of a failure only
+    reason and code are shown: its message names the user's files, and this port asks for no
+    password.
     """
     state, now = status.state, status.now
     durations = state.phase_seconds(now)

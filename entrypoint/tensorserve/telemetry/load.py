@@ -1,109 +1,104 @@
-"""How far is one rank's load, and how fast does it go?"""
+"""How far is one rank's load, and how fast does it go?
+
+Times are monotonic seconds, sizes bytes.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
+import operator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from tensorserve.telemetry.events import Event
+from tensorserve.telemetry.names import REFERENCE_LOADER, Stage
+from tensorserve.telemetry.schema import LoadCounts, LoadPlanned
 
-STAGES = ("fetch", "decrypt", "copy")
 RATE_WINDOW = 5.0
 """Seconds over which a running load's rate is taken: long enough to even out single tensors,
 short enough that a stall shows."""
-# All has arrived, and is not in the model yet.
+# The most that is shown while a byte is not in the model.
 _NEARLY = 0.99
-
-
-def number(value: object) -> float:
-    """`value` where it is a finite number that is not negative, else 0: a log may be damaged."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return 0.0
-    return float(value) if math.isfinite(value) and value >= 0 else 0.0
-
-
-def label(value: object) -> str:
-    """`value` if it is a short name of our own making, else `other`: labels take no user data."""
-    if isinstance(value, str) and 0 < len(value) <= 40 and value.isascii():
-        plain = value.replace("_", "")
-        if plain.isalnum() and plain == plain.lower():
-            return value
-    return "other"
 
 
 @dataclass
 class RankLoad:
-    """One rank: what it planned, and what it has done so far. Bytes, seconds, monotonic times."""
+    """What one rank has to load, and what it has done so far."""
 
     planned: int = 0
     tensors: int = 0
     loader: str = "auto"
-    """Who reads: the value of TENSORSERVE_LOADER."""
+    """The value of TENSORSERVE_LOADER."""
+    transport: str | None = None
+    """What brings the bytes (`LoadPlanned.transport`); None where a log does not say."""
+    sharing: str | None = None
+    """Whether other ranks open a part of it (`LoadPlanned.sharing`), likewise."""
+    opens: int = 0
+    """Bytes that it opens itself."""
+    pid: int | None = None
+    """The process that loads: vLLM's worker."""
     began: float = 0.0
     done: float | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    """Cumulative: `fetch`, `decrypt`, `copy` (bytes), `*_seconds`, `requests`, `retries.REASON`."""
-    _before: Counter[str] = field(default_factory=Counter)
-    _latest: Counter[str] = field(default_factory=Counter)
+    counts: LoadCounts = field(default_factory=LoadCounts)
+    _before: LoadCounts = field(default_factory=LoadCounts)
+    _latest: LoadCounts = field(default_factory=LoadCounts)
     _fresh: bool = False
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
-    def plan(self, event: Event) -> None:
-        """Take a `load_plan`. A second one (a draft model's) adds to the first."""
+    def plan(self, plan: LoadPlanned, moment: float) -> None:
+        """Take a plan. A second one (a draft model's) adds to the first."""
         if self.planned == 0:
-            self.began = event["t"]
-        self.planned += int(number(event.get("bytes")))
-        self.tensors += int(number(event.get("tensors")))
-        self.loader = label(event.get("loader", self.loader))
+            self.began = moment
+        self.planned += plan.bytes
+        self.tensors += plan.tensors
+        self.loader = plan.loader or self.loader
+        self.transport = plan.transport or self.transport
+        self.sharing = plan.sharing or self.sharing
+        self.opens += plan.opens or 0
         self.done = None
         self._fresh = True
-        self._sample(event["t"])
+        self._sample(moment)
 
-    def progress(self, event: Event) -> bool:
-        """Take a `load_progress`; whether more bytes have gone through some stage."""
-        counts = _counts(event)
-        if self._fresh and any(counts[name] < self._latest[name] for name in self._latest):
+    def progress(self, counts: LoadCounts, moment: float) -> bool:
+        """Take the latest counts; whether more bytes have gone through some stage."""
+        highest = _combined(self._latest, counts, max)
+        if self._fresh and highest != counts:
             # A second loader in this process counts from zero again.
-            self._before += self._latest
-            self._latest = Counter()
+            self._before, highest = _combined(self._before, self._latest, operator.add), counts
         self._fresh = False
         # Lines of one process may overtake each other, and a counter never falls.
-        self._latest |= counts
-        before = sum(self.bytes(stage) for stage in STAGES)
-        self.counts = self._before + self._latest
-        self._sample(event["t"])
-        return sum(self.bytes(stage) for stage in STAGES) > before
+        self._latest = highest
+        before = sum(map(self.bytes, Stage))
+        self.counts = _combined(self._before, self._latest, operator.add)
+        self._sample(moment)
+        return sum(map(self.bytes, Stage)) > before
 
-    def bytes(self, stage: str) -> int:
+    def bytes(self, stage: Stage) -> int:
         """Bytes that went through `stage`."""
-        return int(self.counts[stage])
+        return self.counts.bytes(stage)
 
-    def seconds(self, stage: str) -> float:
+    def seconds(self, stage: Stage) -> float:
         """Thread seconds that `stage` took; stages run beside each other, on several threads."""
-        return float(self.counts[f"{stage}_seconds"])
+        return self.counts.seconds(stage)
 
-    def retries(self) -> dict[str, int]:
-        """Requests sent again, by reason."""
-        return {
-            name.removeprefix("retries."): int(count)
-            for name, count in self.counts.items()
-            if name.startswith("retries.")
-        }
+    @property
+    def by_reference(self) -> bool:
+        """Whether tensorizer's own reader reads."""
+        return self.loader == REFERENCE_LOADER
 
     @property
     def copied(self) -> int:
         """Bytes that are in the model."""
-        return self.bytes("copy")
+        return self.counts.copy
 
     @property
     def arrived(self) -> int:
-        """Bytes that have come, into the model or on their way there.
+        """Bytes that have arrived, whether they are in the model yet or not.
 
         The model takes whole tensors, in file order: over a slow link that many connections share,
         most of the file may be here before the first tensor is complete.
         """
-        return min(self.planned, max(self.bytes("fetch"), self.copied))
+        return min(self.planned, max(self.counts.fetch, self.copied))
 
     @property
     def ratio(self) -> float:
@@ -114,11 +109,11 @@ class RankLoad:
 
     @property
     def left(self) -> int:
-        """Bytes that are to come, or when all have: to go into the model."""
-        return max(0, self.planned - (self.arrived if self._coming else self.copied))
+        """Bytes that have not arrived; when all have: those that are not in the model."""
+        return max(0, self.planned - (self.arrived if self._arriving else self.copied))
 
     @property
-    def _coming(self) -> bool:
+    def _arriving(self) -> bool:
         return self.arrived < self.planned
 
     def rate(self, now: float) -> float:
@@ -135,7 +130,7 @@ class RankLoad:
             if sample[0] <= now - RATE_WINDOW:
                 base = sample
         elapsed = now - base[0]
-        gained = self.arrived - base[1] if self._coming else self.copied - base[2]
+        gained = self.arrived - base[1] if self._arriving else self.copied - base[2]
         return gained / elapsed if elapsed > 0 else 0.0
 
     def mean_rate(self, end: float) -> float:
@@ -154,15 +149,19 @@ def progress_ratio(arrived: int, copied: int, planned: int) -> float:
     return 1.0 if copied >= planned else min(_NEARLY, arrived / planned)
 
 
-def _counts(event: Event) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for stage in STAGES:
-        counts[stage] = int(number(event.get(stage)))
-        # typeshed knows Counter with whole numbers only; fractions add just as well.
-        counts[f"{stage}_seconds"] = number(event.get(f"{stage}_seconds"))  # type: ignore[assignment]
-    counts["requests"] = int(number(event.get("requests")))
-    retries = event.get("retries")
-    if isinstance(retries, dict):
-        for reason, count in retries.items():
-            counts[f"retries.{label(reason)}"] += int(number(count))
-    return counts
+def _combined(one: LoadCounts, other: LoadCounts, take: Callable[[Any, Any], Any]) -> LoadCounts:
+    """`take` of each two counts."""
+    reasons = [*one.retries, *(reason for reason in other.retries if reason not in one.retries)]
+    return LoadCounts(
+        fetch=take(one.fetch, other.fetch),
+        decrypt=take(one.decrypt, other.decrypt),
+        copy=take(one.copy, other.copy),
+        fetch_seconds=take(one.fetch_seconds, other.fetch_seconds),
+        decrypt_seconds=take(one.decrypt_seconds, other.decrypt_seconds),
+        copy_seconds=take(one.copy_seconds, other.copy_seconds),
+        requests=take(one.requests, other.requests),
+        retries={
+            reason: take(one.retries.get(reason, 0), other.retries.get(reason, 0))
+            for reason in reasons
+        },
+    )

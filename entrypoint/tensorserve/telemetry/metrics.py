@@ -8,19 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from tensorserve import __version__
-from tensorserve.telemetry.load import STAGES
+from tensorserve.telemetry.names import ABSENT, BROUGHT, KEPT, NO_PLACE, UNUSED, Stage
 from tensorserve.telemetry.readiness import Status
+from tensorserve.version import __version__
 
 
 class StartCollector:
-    """Reads the status anew for each scrape; registers nothing by itself."""
+    """Reads the status for each scrape; its caller registers it."""
 
     def __init__(self, look: Callable[[], Status]) -> None:
         self._look = look
 
     def collect(self) -> Iterator[Metric]:
-        """All families. One that has nothing to say yet comes without samples."""
+        """All families. One without data has no samples."""
         status = self._look()
         yield _build_info()
         yield from _start_metrics(status)
@@ -66,18 +66,27 @@ def _start_metrics(status: Status) -> Iterator[Metric]:
     )
     verification = GaugeMetricFamily(
         "tensorserve_verification",
-        "What vouches for the weights of the last start: manifest, digests, tags or none.",
+        "How the weights of the last start are authenticated: manifest, digests, tags or none.",
         labels=["mode"],
     )
     if state.verification is not None:
         verification.add_metric([state.verification], 1)
     yield verification
+    compiled = GaugeMetricFamily(
+        "tensorserve_compiled_cache",
+        "What became of the bundle's compiled code in the last start: "
+        f"{', '.join((BROUGHT, KEPT, ABSENT, NO_PLACE, UNUSED))}.",
+        labels=["result"],
+    )
+    if state.compiled is not None:
+        compiled.add_metric([state.compiled.result], 1)
+    yield compiled
 
 
 def _load_metrics(status: Status) -> Iterator[Metric]:
     info = InfoMetricFamily(
         "tensorserve_load",
-        "Which loader reads the rank's weights (TENSORSERVE_LOADER).",
+        "Which loader reads the rank's weights (TENSORSERVE_LOADER), and what brings the bytes.",
         labels=["rank"],
     )
     size = GaugeMetricFamily(
@@ -112,11 +121,13 @@ def _load_metrics(status: Status) -> Iterator[Metric]:
     )
     for number, load in sorted(status.state.ranks.items()):
         rank = str(number)
-        info.add_metric([rank], {"loader": load.loader})
+        brought = {} if load.transport is None else {"transport": load.transport}
+        shared = {} if load.sharing is None else {"sharing": load.sharing}
+        info.add_metric([rank], {"loader": load.loader} | brought | shared)
         size.add_metric([rank], load.planned)
         progress.add_metric([rank], load.ratio)
         throughput.add_metric([rank], status.state.rank_rate(number, status.now))
-        for stage in STAGES:
+        for stage in Stage:
             count.add_metric([rank, stage], load.bytes(stage))
             seconds.add_metric([rank, stage], load.seconds(stage))
     yield from (info, size, count, seconds, progress, throughput)

@@ -6,11 +6,12 @@ import os
 import time
 from typing import TextIO
 
+from tensorserve.telemetry.names import Condition, Phase
 from tensorserve.telemetry.state import StartState
 
 GIB = 1024**3
-# A pipe gets a line at each phase and each tenth of the load, and in between not more often than
-# this many seconds: enough to see that a slow load lives, not enough to bury the engine's output.
+# A pipe gets a line at each phase, at each tenth of the load, and after this many seconds without
+# either: enough to see that a slow load goes on, too little to bury the engine's output.
 _QUIET_SECONDS = 5.0
 _REDRAW_SECONDS = 0.1
 _BAR_WIDTH = 24
@@ -19,7 +20,7 @@ _ERASE = "\r\x1b[2K"
 
 
 class ProgressView:
-    """Shows a start on `stream`. A stream that can no longer be written ends the show, no more."""
+    """Shows a start on `stream`, until the stream can no longer be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,7 +29,7 @@ class ProgressView:
         self._gone = False
         self._drawn = ""
         self._drawn_at = 0.0
-        self._shown: tuple[str | None, str, int] = (None, "waiting", 0)
+        self._shown: tuple[str | None, Phase | Condition, int] = (None, Condition.WAITING, 0)
 
     def update(self, state: StartState, now: float | None = None) -> None:
         """Show `state` as of `now` (monotonic seconds; the clock's, when left out)."""
@@ -36,36 +37,37 @@ class ProgressView:
         tenth = int(state.progress * 10) if state.ranks else 0
         start, phase, shown_tenth = self._shown
         changed = (start, phase) != (state.start_id, state.phase)
-        if self._bar and state.phase in {"waiting", "failed", "stopped"}:
+        if state.phase is Condition.READY:
+            if changed:
+                self.clear()
+                self._write(f"tensorserve: ready after {state.startup_seconds(now):.1f} s\n")
+        elif isinstance(state.phase, Condition):
             self.clear()
-        elif changed and state.phase == "ready":
-            self.clear()
-            self._write(f"tensorserve: ready after {state.startup_seconds(now):.1f} s\n")
-        elif state.phase != "ready" and self._bar:
+        elif self._bar:
             self._draw(state, now)
-        elif state.phase not in {"waiting", "failed", "stopped", "ready"}:
-            slow = state.phase == "load" and now - self._drawn_at >= _QUIET_SECONDS
-            stepped = state.phase == "load" and tenth > shown_tenth
+        else:
+            slow = state.phase is Phase.LOAD and now - self._drawn_at >= _QUIET_SECONDS
+            stepped = state.phase is Phase.LOAD and tenth > shown_tenth
             if changed or stepped or slow:
                 self._write(f"tensorserve: {describe(state, now)}\n")
                 self._drawn_at = now
         self._shown = (state.start_id, state.phase, tenth)
 
     def clear(self) -> None:
-        """Take the bar away for other output; the next update draws it again."""
+        """Erase the bar before other output; the next update draws it again."""
         if self._drawn:
             self._write(_ERASE)
             self._drawn, self._drawn_at = "", 0.0
 
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Erase the bar for good."""
         self.clear()
 
     def _draw(self, state: StartState, now: float) -> None:
         if self._drawn and now - self._drawn_at < _REDRAW_SECONDS:
             return
         line = describe(state, now)
-        if state.phase == "load" and state.planned_bytes:
+        if state.phase is Phase.LOAD and state.planned_bytes:
             filled = int(state.progress * _BAR_WIDTH)
             full, empty = ("█", "░") if self._blocks else ("#", "-")
             line = f"{full * filled}{empty * (_BAR_WIDTH - filled)} {line}"
@@ -77,7 +79,7 @@ class ProgressView:
 
     def _columns(self) -> int:
         try:
-            # 0 is what a container's terminal says until somebody tells it its size.
+            # A container's terminal has 0 columns until its size is set.
             return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
         except OSError:
             return _COLUMNS
@@ -89,16 +91,16 @@ class ProgressView:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
-            # The reader of our output has gone. The start does not depend on it.
+            # The reader of our output has gone; the start goes on.
             self._gone = True
 
 
 def describe(state: StartState, now: float) -> str:
     """One line: the phase; while loading also percent, GiB, GiB/s and the time left."""
-    if state.phase != "load" or not state.planned_bytes:
+    if state.phase is not Phase.LOAD or not state.planned_bytes:
         return f"{state.phase} ({state.startup_seconds(now):.0f} s since the start)"
     eta = state.eta(now)
-    reader = " with the reference reader" if state.reference else ""
+    reader = " with the reference reader" if state.by_reference else ""
     return (
         f"load{reader} {state.progress:4.0%}  "
         f"{state.arrived_bytes / GIB:.2f} of {state.planned_bytes / GIB:.2f} GiB  "

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from tensorserve.telemetry.events import Event
-from tensorserve.telemetry.load import STAGES, RankLoad
-from tensorserve.telemetry.state import StartState, fold
+from tensorserve.telemetry.load import RankLoad
+from tensorserve.telemetry.names import REFERENCE_LOADER, Condition, Sharing, Stage
+from tensorserve.telemetry.state import StartState
 
 _COLORS = {"title": "1", "bar": "36", "good": "32", "bad": "31"}
 _LEAST_BAR = 8
+_UNFINISHED = "unfinished"
 
 
-def report_json(events: Iterable[Event]) -> dict[str, Any]:
+def report_json(state: StartState) -> dict[str, Any]:
     """The last start as plain data: seconds, bytes, bytes a second. Ends at its last event."""
-    state = fold(events)
     now = state.last_event
     began = state.began or 0.0
     failure = state.failure
@@ -42,6 +41,7 @@ def report_json(events: Iterable[Event]) -> dict[str, Any]:
         "requests": state.requests,
         "retries": dict(sorted(state.retries.items())),
         "failures": dict(sorted(state.failures.items())),
+        **_started(state),
         "engine_exit": state.engine_exit,
         "failure": None
         if failure is None
@@ -53,9 +53,9 @@ def report_json(events: Iterable[Event]) -> dict[str, Any]:
     }
 
 
-def render_report(events: Iterable[Event], width: int, color: bool) -> str:
+def render_report(state: StartState, width: int, color: bool) -> str:
     """The last start as text, `width` columns wide where that is enough for the numbers."""
-    report = report_json(events)
+    report = report_json(state)
     if report["start_id"] is None and not report["phases"]:
         return "There is no start in the event log."
     paint = _Paint(color)
@@ -64,6 +64,8 @@ def render_report(events: Iterable[Event], width: int, color: bool) -> str:
         lines += ["", *_loads(report)]
     if report["requests"] or report["retries"]:
         lines += ["", _requests(report)]
+    if "processes" in report:
+        lines += ["", *_processes(report["processes"])]
     if report["failure"] is not None:
         failure = report["failure"]
         lines += [
@@ -72,6 +74,28 @@ def render_report(events: Iterable[Event], width: int, color: bool) -> str:
             *(f"  {line}" for line in failure["message"].splitlines()),
         ]
     return "\n".join(lines)
+
+
+def _started(state: StartState) -> dict[str, Any]:
+    """How vLLM started its processes, once it has."""
+    found = [
+        {
+            "process": None if one.process is None else _printable(one.process),
+            "way": one.way,
+            "reason": None if one.reason is None else _printable(one.reason),
+        }
+        for one in state.processes
+    ]
+    return {"processes": found} if found else {}
+
+
+def _processes(processes: list[dict[str, Any]]) -> list[str]:
+    ways = {"fork": "forked from the one that has imported vLLM", "spawn": "spawned"}
+    return [
+        f"{one['process'] or 'all processes'}: {ways.get(one['way'], one['way'])}"
+        + (f" ({one['reason']})" if one["reason"] else "")
+        for one in processes
+    ]
 
 
 class _Paint:
@@ -89,32 +113,34 @@ def _rank(load: RankLoad, end: float) -> dict[str, Any]:
         "planned_bytes": load.planned,
         "tensors": load.tensors,
         "loader": load.loader,
+        **({} if load.transport is None else {"transport": load.transport}),
+        **({} if load.sharing is None else {"sharing": load.sharing, "opens_bytes": load.opens}),
         "complete": load.done is not None,
         "seconds": max(0.0, finish - load.began),
         "bytes_per_second": load.mean_rate(finish),
         "stages": {
             stage: {"bytes": load.bytes(stage), "thread_seconds": load.seconds(stage)}
-            for stage in STAGES
+            for stage in Stage
         },
     }
 
 
 def _outcome(state: StartState) -> str:
-    if state.failure is not None:
-        return "failed"
-    if state.ready_at is not None:
-        return "ready"
-    return "stopped" if state.engine_exit is not None else "unfinished"
+    # A start that became ready counts as ready, also after its stop.
+    if state.failure is None and state.ready_at is not None:
+        return Condition.READY
+    ended = state.phase in {Condition.FAILED, Condition.STOPPED}
+    return state.phase if ended else _UNFINISHED
 
 
 def _headline(report: dict[str, Any]) -> str:
     began = f" of {report['began_at']}" if report["began_at"] else ""
     total = f"{report['total_seconds']:.2f} s"
     ending = {
-        "ready": f"ready after {total}",
-        "failed": f"failed; {total} of start",
-        "stopped": f"stopped after {total}, before it was ready",
-        "unfinished": f"not ready; {total} so far",
+        Condition.READY: f"ready after {total}",
+        Condition.FAILED: f"failed; {total} of start",
+        Condition.STOPPED: f"stopped after {total}, before it was ready",
+        _UNFINISHED: f"not ready; {total} so far",
     }[report["outcome"]]
     version = f" (tensorserve {_printable(report['version'])})" if report["version"] else ""
     count = f", the last of {report['starts']}" if report["starts"] > 1 else ""
@@ -142,7 +168,7 @@ def _timeline(report: dict[str, Any], width: int, paint: _Paint) -> list[str]:
 def _loads(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{'load':<10}{'bytes':>12}{'seconds':>9}{'GB/s':>8}"
-        + "".join(f"{stage + ' GB':>12}{'thread s':>10}" for stage in STAGES)
+        + "".join(f"{stage + ' GB':>12}{'thread s':>10}" for stage in Stage)
     ]
     for rank in report["ranks"]:
         stages = "".join(
@@ -153,7 +179,13 @@ def _loads(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{name:<10}{_size(rank['bytes']):>12}{rank['seconds']:>9.2f}"
             f"{rank['bytes_per_second'] / 1e9:>8.2f}{stages}"
-            + ("  reference reader" if rank["loader"] == "reference" else "")
+            + ("  reference reader" if rank["loader"] == REFERENCE_LOADER else "")
+            + ("  received by urllib3 (slower)" if rank.get("transport") == "urllib3" else "")
+            + (
+                f"  opens {_size(rank['opens_bytes'])}, the rest comes from other ranks"
+                if rank.get("sharing") == Sharing.SHARED
+                else ""
+            )
             + ("" if rank["complete"] else f"  incomplete: of {_size(rank['planned_bytes'])}")
         )
     return lines
@@ -176,9 +208,9 @@ def _moment(wall: float | None) -> str | None:
     try:
         return datetime.fromtimestamp(wall, UTC).isoformat(timespec="seconds")
     except (OverflowError, ValueError, OSError):
-        return None  # no time that a calendar knows: a damaged line
+        return None  # beyond the calendar: the line was damaged
 
 
 def _printable(text: str) -> str:
-    """`text` without what a terminal would obey: a message may quote a file's or server's words."""
+    """`text` without control characters: a message may quote a file or a server."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

@@ -1,61 +1,50 @@
-"""What do the events add up to? Phases, bytes, rate, failures and readiness of the current start.
+"""What is known of the last start? Phases, bytes, rate, failures and readiness.
 
-Nothing here reads a clock or a file: whoever asks for something that grows with time gives `now`.
+All that shows a start reads a StartState, which fold.py makes of the event log. Nothing here reads
+a clock or a file: callers of what grows with time give `now`. Times are monotonic
+seconds, sizes bytes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tensorserve.telemetry.events import Event
-from tensorserve.telemetry.load import RankLoad, label, number, progress_ratio
-
-PHASES = ("preflight", "artifacts", "import", "init", "load", "postprocess", "warmup")
-# Ends that somebody asked for: 0, SIGINT, SIGTERM.
-_ASKED_FOR = frozenset({0, 130, 143})
-
-
-@dataclass
-class Segment:
-    """A stretch of time that belongs to one phase; monotonic seconds, `end` None while it runs."""
-
-    phase: str
-    begin: float
-    end: float | None = None
-    presumed: bool = False
-    """Begun by the end of the phase before; the log has not named it yet."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a start failed; `message` may name the user's files and stays out of HTTP answers."""
-
-    reason: str
-    exit_code: int
-    message: str
-    memory_limit: int | None = None  # bytes, where memory was the reason
-    memory_peak: int | None = None
+from tensorserve.telemetry.history import History
+from tensorserve.telemetry.load import RankLoad, progress_ratio
+from tensorserve.telemetry.names import Check, Condition, Phase
+from tensorserve.telemetry.schema import CompiledCacheKnown, EngineProcessStarted, StartFailed
+from tensorserve.telemetry.timeline import Segment, Timeline
 
 
 @dataclass
 class StartState:
-    """The fold of an event log: the last start in it, and counters over all starts in it."""
+    """The last start in an event log, and counters over all starts in it."""
 
     start_id: str | None = None
     version: str = ""
     health_url: str | None = None
+    """How the engine is probed (telemetry/probe.py)."""
     starts: int = 0
     began: float | None = None
     wall: float | None = None
+    """When it began by the wall clock, seconds."""
     ready_at: float | None = None
     engine_exit: int | None = None
     exit_at: float | None = None
-    failure: Failure | None = None
+    failure: StartFailed | None = None
+    failure_scraped: bool = False
+    """Whether a scrape of /metrics has shown the failure."""
     verification: str | None = None
-    """What vouches for the weights (verification.MODES), once it is known."""
-    segments: list[Segment] = field(default_factory=list)
+    """How the weights are authenticated (bundle/trust.py: MODES), once it is known."""
+    compiled: CompiledCacheKnown | None = None
+    """What is known of the bundle's compiled code; None: it was not asked for."""
+    processes: list[EngineProcessStarted] = field(default_factory=list)
+    """How vLLM started its own processes."""
+    checks: list[Check | None] = field(default_factory=list)
+    """Those of preflight that passed; None for one of another version."""
+    timeline: Timeline = field(default_factory=Timeline)
+    history: History = field(default_factory=History)
     ranks: dict[int, RankLoad] = field(default_factory=dict)
     prefetch: RankLoad = field(default_factory=RankLoad)
     """What was fetched ahead of the loaders: its requests and retries."""
@@ -64,32 +53,13 @@ class StartState:
     last_event: float = 0.0
     last_advance: float | None = None
     """When a phase changed or bytes went through a stage."""
-    _requests_before: int = 0
-    _retries_before: Counter[str] = field(default_factory=Counter)
-
-    def apply(self, event: Event) -> None:
-        """Take in one event. Unknown events and fields are passed over."""
-        self.last_event = max(self.last_event, event["t"])
-        kind = event["event"]
-        if kind == "start":
-            self._start(event)
-        elif kind == "phase":
-            self._phase(event)
-        elif kind in {"load_plan", "load_progress", "load_done"}:
-            self._load(kind, event)
-        elif kind == "prefetch_progress":
-            self.prefetch.progress(event)
-        elif kind == "verification":
-            self.verification = label(event.get("mode"))
-        elif kind == "ready":
-            self._ready(event)
-        elif kind == "failure":
-            code = int(number(event.get("exit_code")))
-            limit, peak = (int(number(event.get(name))) or None for name in ("limit", "peak"))
-            message = str(event.get("message", ""))
-            self._fail(Failure(label(event.get("reason")), code, message, limit, peak))
-        elif kind == "engine_exit":
-            self._exit(event)
+    last_output: float | None = None
+    """When a check passed, or the start printed what it had not printed before."""
+    failed_workers: dict[int, str] = field(default_factory=dict)
+    """What ranks have raised after their load."""
+    earlier_requests: int = 0
+    earlier_retries: Counter[str] = field(default_factory=Counter)
+    """Those of the starts before the last one."""
 
     @property
     def ready(self) -> bool:
@@ -97,20 +67,32 @@ class StartState:
         return self.ready_at is not None and self.engine_exit is None
 
     @property
+    def last_sign(self) -> float | None:
+        """When the start was last seen to advance, in any way; None where none has begun."""
+        moments = (self.began, self.last_advance, self.last_output)
+        return max((m for m in moments if m is not None), default=None)
+
+    @property
     def load_complete(self) -> bool:
         """Whether every rank that announced a load has finished it, and there is one at all."""
         return bool(self.ranks) and all(rank.done is not None for rank in self.ranks.values())
 
     @property
-    def phase(self) -> str:
-        """The phase that runs; else `waiting` (no start yet), `ready`, `failed` or `stopped`."""
+    def phase(self) -> Phase | Condition:
+        """The phase that runs, or why none does."""
         if self.failure is not None:
-            return "failed"
+            return Condition.FAILED
         if self.engine_exit is not None:
-            return "stopped"
+            return Condition.STOPPED
         if self.ready_at is not None:
-            return "ready"
-        return self.segments[-1].phase if self.segments else "waiting"
+            return Condition.READY
+        current = self.timeline.current
+        return Condition.WAITING if current is None else current.phase
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The time line."""
+        return self.timeline.segments
 
     def end(self, now: float) -> float:
         """Where the time line of this start ends: ready, the engine's end, or else `now`."""
@@ -120,16 +102,12 @@ class StartState:
         return max(now, self.last_event)
 
     def startup_seconds(self, now: float) -> float:
-        """From `start` to ready; what has gone by so far while it is not."""
+        """From the begin to ready; what has gone by so far while it is not."""
         return 0.0 if self.began is None else self.end(now) - self.began
 
-    def phase_seconds(self, now: float) -> dict[str, float]:
+    def phase_seconds(self, now: float) -> dict[Phase, float]:
         """Seconds of each phase reached, in order of appearance; their sum is `startup_seconds`."""
-        durations: dict[str, float] = {}
-        for segment in self.segments:
-            end = self.end(now) if segment.end is None else segment.end
-            durations[segment.phase] = durations.get(segment.phase, 0.0) + end - segment.begin
-        return durations
+        return self.timeline.seconds(self.end(now))
 
     @property
     def planned_bytes(self) -> int:
@@ -143,7 +121,7 @@ class StartState:
 
     @property
     def arrived_bytes(self) -> int:
-        """Bytes that have come, into the model or on their way there, all ranks."""
+        """Bytes that have arrived, whether they are in the model yet or not, all ranks."""
         return sum(rank.arrived for rank in self.ranks.values())
 
     @property
@@ -154,9 +132,9 @@ class StartState:
         return progress_ratio(self.arrived_bytes, self.copied_bytes, self.planned_bytes)
 
     @property
-    def reference(self) -> bool:
+    def by_reference(self) -> bool:
         """Whether tensorizer's own reader loads (TENSORSERVE_LOADER=reference)."""
-        return any(load.loader == "reference" for load in self.ranks.values())
+        return any(load.by_reference for load in self.ranks.values())
 
     def rank_rate(self, rank: int, now: float) -> float:
         """Bytes a second of one rank; 0 where the engine has ended in the middle of its load."""
@@ -173,7 +151,7 @@ class StartState:
         return sum(self.rank_rate(rank, now) for rank in loading)
 
     def eta(self, now: float) -> float | None:
-        """Seconds until the load is complete; None where nothing says (a stall, an end)."""
+        """Seconds until the load is complete; None where that is not known (a stall, an end)."""
         if not self.ranks:
             return None
         longest = 0.0
@@ -189,116 +167,12 @@ class StartState:
     def requests(self) -> int:
         """Requests sent for weights, over all starts and ranks."""
         loads = [self.prefetch, *self.ranks.values()]
-        return self._requests_before + sum(load.counts["requests"] for load in loads)
+        return self.earlier_requests + sum(load.counts.requests for load in loads)
 
     @property
     def retries(self) -> Counter[str]:
         """Requests sent again by reason, over all starts and ranks."""
-        total = Counter(self._retries_before)
+        total = Counter(self.earlier_retries)
         for load in (self.prefetch, *self.ranks.values()):
-            total.update(load.retries())
+            total.update(load.counts.retries)
         return total
-
-    def _start(self, event: Event) -> None:
-        self._requests_before, self._retries_before = self.requests, self.retries
-        self.starts += 1
-        # A log of another version may lack the name; starts must still differ.
-        self.start_id = str(event.get("start_id") or f"start-{self.starts}")
-        self.version = str(event.get("version", ""))
-        url = event.get("health_url")
-        self.health_url = url if isinstance(url, str) else None
-        self.began = self.last_event = self.last_advance = event["t"]
-        self.wall = number(event.get("w")) or None
-        self.ready_at = self.engine_exit = self.exit_at = self.failure = self.verification = None
-        self.ranks = {}
-        self.prefetch = RankLoad()
-        self.segments = [Segment(PHASES[0], event["t"], presumed=True)]
-
-    def _phase(self, event: Event) -> None:
-        phase, state = event.get("phase"), event.get("state")
-        if phase not in PHASES or self.ready_at is not None or self.exit_at is not None:
-            return
-        if self.began is None:
-            self.began = event["t"]
-        current = self.segments[-1] if self.segments else None
-        if state == "begin":
-            self._begin(phase, current, event["t"])
-        elif state == "end" and current is not None and current.phase == phase:
-            # Whatever follows has begun, named or not: phases leave no gaps, so that they always
-            # sum to the total. After the last phase nothing follows but `ready`.
-            if phase != PHASES[-1]:
-                following = PHASES[PHASES.index(phase) + 1]
-                self._switch(Segment(following, event["t"], presumed=True))
-        else:
-            return
-        self.last_advance = event["t"]
-
-    def _begin(self, phase: str, current: Segment | None, moment: float) -> None:
-        if current is not None and (current.presumed or current.phase == phase):
-            current.phase, current.presumed = phase, False
-            return
-        self._switch(Segment(phase, moment))
-
-    def _switch(self, following: Segment) -> None:
-        if self.segments:
-            # Two processes' lines may be written in another order than their times.
-            following.begin = max(following.begin, self.segments[-1].begin)
-            self.segments[-1].end = following.begin
-        self.segments.append(following)
-
-    def _load(self, kind: str, event: Event) -> None:
-        rank = event.get("rank")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            return
-        if kind == "load_plan":
-            self.ranks.setdefault(rank, RankLoad()).plan(event)
-        elif rank not in self.ranks:
-            return
-        elif kind == "load_progress":
-            if not self.ranks[rank].progress(event):
-                return
-        else:
-            self.ranks[rank].done = event["t"]
-        self.last_advance = event["t"]
-
-    def _ready(self, event: Event) -> None:
-        # One that was meant for an earlier start must not make this one ready.
-        if event.get("start_id", self.start_id) != self.start_id:
-            return
-        if self.ready_at is None and self.exit_at is None:
-            self.ready_at = self.last_advance = event["t"]
-            self._finish(event["t"])
-
-    def _fail(self, failure: Failure) -> None:
-        # Several processes report one failure: each rank that read the damaged file, and the parent
-        # that saw them end. A start fails once, by the first cause.
-        if self.failure is None:
-            self.failure = failure
-            self.failures[failure.reason] += 1
-
-    def _exit(self, event: Event) -> None:
-        code = event.get("code")
-        self.engine_exit = code if isinstance(code, int) else 70
-        self.exit_at = event["t"]
-        if self.ready_at is None:
-            self._finish(event["t"])
-        if self.engine_exit not in _ASKED_FOR:
-            self._fail(Failure("engine", self.engine_exit, _ending(self.engine_exit)))
-
-    def _finish(self, moment: float) -> None:
-        if self.segments:
-            self.segments[-1].end = max(moment, self.segments[-1].begin)
-
-
-def fold(events: Iterable[Event]) -> StartState:
-    """The state after `events`."""
-    state = StartState()
-    for event in events:
-        state.apply(event)
-    return state
-
-
-def _ending(code: int) -> str:
-    if code == 137:
-        return "The engine was killed (137): out of memory, or stopped while loading."
-    return f"The engine ended by itself with code {code}; its own output says why."

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+
 from tensors_samples import (
     PASSPHRASE,
     FixedKey,
@@ -18,10 +19,9 @@ from tensors_samples import (
     we_read,
     write,
 )
-
+from tensorserve.bundle.keys import parse_passphrase
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import TagMismatchError, read_header, read_index, read_tensor
-from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
 
 CONTENT = {
@@ -237,7 +237,7 @@ def test_plain_data_in_an_encrypted_file_is_refused() -> None:
         we_read(bytes(block + body), FixedKey())
 
 
-def test_an_encrypted_file_without_a_key_is_a_configuration_error() -> None:
+def test_an_encrypted_file_without_a_key_is_misconfigured() -> None:
     """Nothing is wrong with the file."""
     source = MemorySource(_sample("key"))
     index = read_index(source)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors_samples import MemorySource, encryption, write
 
+from tensors_samples import MemorySource, encryption, write
 from tensorserve.errors import CorruptError
 from tensorserve.format import (
     HashCheck,
@@ -99,7 +99,7 @@ PLAIN_LIES = {
     "only a CRC": (_header(hashes=b"\1" + CRC32_ENTRY), "no SHA-256"),
     "more hashes than there are": (_header(hashes=b"\xff" + SHA256_ENTRY), "hash type at"),
     "fewer hashes than there are": (_header(hashes=b"\1" + SHA256_ENTRY + CRC32_ENTRY), "too many"),
-    "the same hash twice": (_header(hashes=b"\2" + SHA256_ENTRY * 2), "there twice"),
+    "the same hash twice": (_header(hashes=b"\2" + SHA256_ENTRY * 2), "repeated"),
     "unknown hash": (_header(hashes=b"\1\2\x20" + bytes(32)), "unknown"),
     "short hash": (_header(hashes=b"\1\1\x10" + bytes(16)), "of 16 bytes"),
     "a crypto section in a plain file": (_header(crypto=_section(_cipher())), "data length"),
@@ -124,12 +124,12 @@ SEALED_LIES = {
         _header(crypto=_section(_entry(2, _cipher()[10:] + b"x"))),
         "too many",
     ),
-    "two ciphers": (_header(crypto=_section(_cipher(), _cipher())), "there twice"),
+    "two ciphers": (_header(crypto=_section(_cipher(), _cipher())), "repeated"),
     "two derivations": (
         _header(crypto=_section(_derivation(), _derivation(), _cipher())),
-        "there twice",
+        "repeated",
     ),
-    "a derivation alone": (_header(crypto=_section(_derivation())), "seals nothing"),
+    "a derivation alone": (_header(crypto=_section(_derivation())), "no cipher"),
     "unknown entry": (_header(crypto=_section(_entry(3, bytes(40)))), "type 3 is unknown"),
     "unknown derivation": (_header(crypto=_section(_derivation(2), _cipher())), "not known"),
     "unknown algorithm": (
@@ -206,7 +206,7 @@ def _with_hashes(plaintext: bytes, *, crypto: bytes | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("crypto", [None, _section(_cipher())])
-def test_hashes_cover_header_and_plaintext_but_not_the_crypto_section(
+def test_hashes_cover_header_and_plaintext_not_the_crypto_part(
     crypto: bytes | None,
 ) -> None:
     """Digests count as zeros in what is hashed."""

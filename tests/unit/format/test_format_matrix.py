@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tensors_samples import (
     FixedKey,
     MemorySource,
@@ -17,10 +18,9 @@ from tensors_samples import (
     we_read,
     write,
 )
-
+from tensorserve.bundle.keys import parse_passphrase
 from tensorserve.errors import CorruptError
 from tensorserve.format import ITEM_SIZES, FileKey, TagMismatchError, read_header, read_index
-from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
 
 SEALINGS = ("plain", "key", "passphrase")
@@ -159,7 +159,7 @@ def test_an_empty_tensor_of_an_opaque_dtype() -> None:
 
 
 @pytest.mark.parametrize("kind", SEALINGS)
-def test_meta_tensors_have_no_data_of_ours_and_zeros_of_tensorizers(kind: str) -> None:
+def test_meta_tensors_have_no_data_here_and_zeros_in_tensorizer(kind: str) -> None:
     """Whoever uses them has to decide; names, dtypes and shapes agree."""
     content = {
         "before": _noise(4),
@@ -176,7 +176,7 @@ def test_meta_tensors_have_no_data_of_ours_and_zeros_of_tensorizers(kind: str) -
             assert not theirs[name].any()
 
 
-def test_a_meta_tensor_without_dimensions_is_taken_as_written_only_where_plain() -> None:
+def test_a_meta_tensor_without_dimensions_is_taken_where_plain() -> None:
     """tensorizer writes one element of whatever memory it got, seldom with the right hash.
 
     It never seals it: in an encrypted file that is plain data where sealed data should be.

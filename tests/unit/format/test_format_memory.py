@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tensors_samples import FIXED_SIZE, Entry, lying_file
 
 # Parses the file on stdin with 48 MiB of address space left, and says what came of it.

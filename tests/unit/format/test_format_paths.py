@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tensorizer._tensor_path import _TensorPath
 
-from tensorserve.format.names import BadNameError, parse_name
+from tensorserve.format.tensor_names import BadNameError, parse_name
 
 pieces = st.sampled_from(
     [

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorizer import TensorDeserializer
-from tensors_samples import FixedKey, compact, decryption, encryption, tensor_bytes, we_read, write
 
+from tensors_samples import FixedKey, compact, decryption, encryption, tensor_bytes, we_read, write
 from tensorserve.format import ITEM_SIZES, TensorRecord, TensorSpec, plan_file, write_file
 
 # What stands for a path in a name's place would be read as one.

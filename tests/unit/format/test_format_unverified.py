@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorizer import TensorSerializer
+
 from tensors_samples import (
     PASSPHRASE,
     FixedKey,
@@ -25,10 +26,10 @@ from tensors_samples import (
     we_read,
     write,
 )
-
+from tensorserve.bundle.keys import parse_passphrase
+from tensorserve.crypto import secretbox
 from tensorserve.errors import CorruptError, TensorserveError
-from tensorserve.format import crypto, read_header, read_index
-from tensorserve.keys import parse_passphrase
+from tensorserve.format import read_header, read_index
 from tensorserve.secret import Secret
 
 CONTENT = {
@@ -66,7 +67,7 @@ def _relabelled(kind: str, field: str) -> bytes:
 
 @pytest.mark.parametrize("field", RELABELLED)
 @pytest.mark.parametrize("kind", ["plain", "key"])
-def test_what_a_tensor_is_called_and_how_it_is_shaped_no_tag_covers(kind: str, field: str) -> None:
+def test_no_tag_covers_a_tensors_name_and_shape(kind: str, field: str) -> None:
     """Changed alike in index and header, it passes every tag, and fails the tensor's SHA-256.
 
     So it does in tensorizer. Without the hashes, the digest of the index is what tells: a manifest
@@ -87,7 +88,7 @@ def test_what_a_tensor_is_called_and_how_it_is_shaped_no_tag_covers(kind: str, f
     assert read_index(MemorySource(forged)).digest != read_index(MemorySource(_sample(kind))).digest
 
 
-def test_a_plain_file_whose_hashes_are_forged_too_passes_every_check() -> None:
+def test_a_plain_file_with_forged_hashes_passes_every_check() -> None:
     """Its hashes have no secret: they are for damage, not against people. Only encrypted files,
     or a manifest from elsewhere, are."""
     data = bytearray(_sample("plain"))
@@ -109,7 +110,7 @@ def test_a_plain_file_whose_hashes_are_forged_too_passes_every_check() -> None:
     assert we_read(bytes(data))["ab"] != we_read(_sample("plain"))["ab"]
 
 
-def test_two_sealed_tensors_of_one_file_cannot_be_exchanged_with_their_headers() -> None:
+def test_two_sealed_tensors_cannot_be_exchanged_with_headers() -> None:
     """Data, nonce and tag moved to another tensor's place still open: the tag knows no place.
 
     The header's name gives it away; renamed as well, the SHA-256 over the header does.
@@ -219,8 +220,8 @@ def test_each_flip_in_how_a_key_is_derived_is_noticed(monkeypatch: pytest.Monkey
     Argon2 counts its memory in KiB, so the ten lowest bits of the memory's bytes mean nothing.
     The limits are lowered, so that a flip does not cost gigabytes and minutes here.
     """
-    monkeypatch.setattr(crypto, "MAX_DERIVATION_MEMORY", 64 * 1024)
-    monkeypatch.setattr(crypto, "MAX_DERIVATION_PASSES", 8)
+    monkeypatch.setattr(secretbox, "MAX_DERIVATION_MEMORY", 64 * 1024)
+    monkeypatch.setattr(secretbox, "MAX_DERIVATION_PASSES", 8)
     sound = _sample("passphrase")
     source = MemorySource(sound)
     index = read_index(source)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensors_samples import PASSPHRASE, FixedKey, MemorySource
 
+from tensors_samples import PASSPHRASE, FixedKey, MemorySource
+from tensorserve.bundle.keys import parse_passphrase
 from tensorserve.format import FileKey, read_index, read_tensor
-from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
 
 FILES = Path(__file__).parent / "files"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorizer import CryptographyError, DecryptionParams, TensorDeserializer
+
 from tensors_samples import (
     KEY,
     PASSPHRASE,
@@ -18,7 +19,7 @@ from tensors_samples import (
     tensor_bytes,
     write,
 )
-
+from tensorserve.bundle.keys import parse_passphrase
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format import (
     ITEM_SIZES,
@@ -37,7 +38,6 @@ from tensorserve.format import (
     writer,
 )
 from tensorserve.format.dtypes import parse_dtype, raw_dtype
-from tensorserve.keys import parse_passphrase
 from tensorserve.secret import Secret
 
 DTYPES = [
@@ -241,7 +241,7 @@ def test_no_nonce_is_used_twice() -> None:
     assert len(nonces) == len(set(nonces))
 
 
-def test_a_fresh_derivation_is_tensorizers_default_with_a_salt_of_its_own() -> None:
+def test_a_fresh_derivation_is_tensorizers_default_with_own_salt() -> None:
     """The moderate preset, as EncryptionParams.from_string takes it."""
     from tensorizer import EncryptionParams
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tensorserve.checked_load import checked_as
+from tensorserve.bundle.keys import parse_key
+from tensorserve.bundle.tensors_file import OpenTensors, open_tensors
+from tensorserve.config.launch_plan import make_plan
+from tensorserve.config.settings import Settings
+from tensorserve.engine.checked_load import checked_as
 from tensorserve.errors import CorruptError
-from tensorserve.keys import parse_key
+from tensorserve.launch.context import Shard
+from tensorserve.launch.preflight import check_weights
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
 from tensorserve.loading.reference import ReferenceStream
-from tensorserve.opening import OpenTensors, open_tensors
-from tensorserve.packing import pack
-from tensorserve.plan import make_plan
-from tensorserve.preflight import Weights, check_weights
+from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
-from tensorserve.settings import Settings
 from tensorserve.sources import Access
-from tensorserve.start import Shard
 
 SECRET = Secret(bytes(range(32)), "the test")
 TENSORS = {
@@ -50,10 +50,7 @@ def checked(bundle: Path) -> Shard:
             "TENSORSERVE_VERIFY": "hashes",
         }
     )
-    weights = Weights()
-    for _ in check_weights(settings, make_plan(settings), weights, None):
-        pass
-    return weights.shards[0]
+    return check_weights(settings, make_plan(settings)).shards[0]
 
 
 def opened_in(bundle: Path) -> OpenTensors:

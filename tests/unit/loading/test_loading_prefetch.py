@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from tensorizer import EncryptionParams, TensorSerializer
 
+from tensorserve.bundle.keys import GivenKey
 from tensorserve.errors import SourceUnavailableError
 from tensorserve.format import read_index
-from tensorserve.keys import GivenKey
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, prefetch
+from tensorserve.loading.block_cache import BLOCK_BYTES, REQUESTED, BlockCache
 from tensorserve.loading.prefetch import PrefetchedSource, Prefetcher
-from tensorserve.loading.shared import BLOCK_BYTES, ON_ITS_WAY, SharedBlocks
-from tensorserve.sources.parts import Filling, ReadsParts
+from tensorserve.loading.tuning import DEFAULTS
+from tensorserve.sources import Filling, Source
 from waiting import wait_for
 
 MIB = 1024**2
 KEY = bytes(range(32))
 
 
-class CountedSource(ReadsParts):
+class CountedSource(Source):
     """A remote source over bytes; counts how often each megabyte is read."""
 
     remote = True
@@ -48,18 +50,11 @@ class CountedSource(ReadsParts):
             self.read_megabytes[offset // MIB] += len(buffer)
         buffer[:] = self.data[offset : offset + len(buffer)]
 
-    def read_parts(
-        self,
-        offset: int,
-        lengths: Sequence[int],
-        memory: Callable[[int], memoryview],
-        on_part: Callable[[int], bool],
-    ) -> None:
-        filling = Filling(lengths, memory, on_part)
-        while not filling.finished:
-            wanted = filling.wanted
-            self.read_into(offset + filling.done, wanted)
-            filling.add(len(wanted))
+    def read_parts(self, offset: int, parts: Filling) -> None:
+        while not parts.finished:
+            wanted = parts.wanted
+            self.read_into(offset + parts.done, wanted)
+            parts.add(len(wanted))
 
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
@@ -105,7 +100,7 @@ def load(source: PrefetchedSource, *names: str) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def fetching(source: CountedSource, shared: SharedBlocks, budget: int) -> Iterator[Prefetcher]:
+def fetching(source: CountedSource, shared: BlockCache, budget: int) -> Iterator[Prefetcher]:
     """The fetcher, in a thread and with a descriptor of its own."""
     fetcher = Prefetcher(source, shared.reopen(), budget, LoadProgress())
     thread = threading.Thread(target=fetcher.run)
@@ -118,7 +113,7 @@ def fetching(source: CountedSource, shared: SharedBlocks, budget: int) -> Iterat
     assert not thread.is_alive()
 
 
-def is_there(shared: SharedBlocks, block: int) -> bool:
+def is_there(shared: BlockCache, block: int) -> bool:
     return shared.state(block) == 2
 
 
@@ -128,7 +123,7 @@ def same(loaded: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> b
     )
 
 
-def test_what_was_damaged_on_its_way_into_the_memory_is_read_from_the_source_again(
+def test_what_came_damaged_into_memory_is_read_from_the_source(
     encrypted: bytes, tensors: dict[str, torch.Tensor]
 ) -> None:
     """F8: the memory would give the same damage a second time."""
@@ -137,7 +132,7 @@ def test_what_was_damaged_on_its_way_into_the_memory_is_read_from_the_source_aga
         damaged = bytearray(encrypted)
         damaged[place] ^= 4
         source = CountedSource(bytes(damaged))
-        shared = SharedBlocks.create(source.size, source.version, 1)
+        shared = BlockCache.create(source.size, source.version, 1)
         with fetching(source, shared, len(encrypted) + BLOCK_BYTES):
             wait_for(lambda: all(is_there(shared, b) for b in range(shared.blocks)))  # noqa: B023
         whole = CountedSource(encrypted)
@@ -150,7 +145,7 @@ def test_what_was_fetched_ahead_is_not_fetched_again(
 ) -> None:
     """All of it is there: the loader sends no request. The memory goes as it is used."""
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(source.size, source.version, ranks=1)
+    shared = BlockCache.create(source.size, source.version, ranks=1)
     with fetching(source, shared, budget=1024 * MIB):
         wait_for(lambda: all(is_there(shared, n) for n in range(shared.blocks)))
         assert source.bytes_read == source.size
@@ -164,7 +159,7 @@ def test_the_loader_goes_on_where_the_fetcher_came_to(
 ) -> None:
     """With room for two blocks: the rest comes from the source, and only the rest."""
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(source.size, source.version, ranks=1)
+    shared = BlockCache.create(source.size, source.version, ranks=1)
     with fetching(source, shared, budget=2 * BLOCK_BYTES):
         wait_for(lambda: is_there(shared, 0) and is_there(shared, 1))
         assert source.bytes_read == 2 * BLOCK_BYTES
@@ -177,7 +172,7 @@ def test_two_ranks_share_what_comes_over_the_network(
 ) -> None:
     """No byte is fetched twice, and never more is kept than the budget."""
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    shared = BlockCache.create(source.size, source.version, ranks=2)
     results: dict[int, dict[str, torch.Tensor]] = {}
 
     def rank(number: int) -> None:
@@ -199,9 +194,11 @@ def test_ranks_that_skip_parts_of_the_file_do_not_wait_for_them(
     encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than what the fetcher may hold, its beginning too: it goes on where the ranks are."""
-    monkeypatch.setattr(prefetch, "_WAIT_SECONDS", 600.0)  # the test would end before it
+    monkeypatch.setattr(
+        prefetch, "DEFAULTS", replace(DEFAULTS, prefetch_wait_seconds=600.0)
+    )  # the test would end before it
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(len(encrypted), "v1", 2)
+    shared = BlockCache.create(len(encrypted), "v1", 2)
     wanted = ("t4", "t6")
     with fetching(source, shared, 2 * BLOCK_BYTES):
         results = {}
@@ -226,7 +223,7 @@ def test_a_fetcher_that_died_leaves_the_work_to_the_loader(
 ) -> None:
     """Blocks that it had begun are not waited for."""
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(source.size, source.version, ranks=ranks)
+    shared = BlockCache.create(source.size, source.version, ranks=ranks)
     shared.set_state(0, 1)
     shared.set_state(3, 1)
     assert not shared.held
@@ -241,7 +238,7 @@ def test_a_fetcher_whose_source_fails_ends_without_a_word(
     """The loader asks for the same bytes, and its error is the one that is read."""
     source = CountedSource(encrypted)
     source.broken = True
-    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    shared = BlockCache.create(source.size, source.version, ranks=2)
     fetcher = Prefetcher(source, shared.reopen(), 64 * MIB, LoadProgress())
     fetcher.run()
     del fetcher
@@ -254,9 +251,9 @@ def test_a_rank_that_hangs_does_not_hold_up_the_other(
     encrypted: bytes, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fetcher waits for room that never comes; the rank fetches the rest itself."""
-    monkeypatch.setattr(prefetch, "_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(prefetch, "DEFAULTS", replace(DEFAULTS, prefetch_wait_seconds=0.3))
     source = CountedSource(encrypted)
-    shared = SharedBlocks.create(source.size, source.version, ranks=2)
+    shared = BlockCache.create(source.size, source.version, ranks=2)
     with fetching(source, shared, budget=2 * BLOCK_BYTES):
         assert same(load(PrefetchedSource(source, shared, 0, LoadProgress())), tensors)
 
@@ -276,12 +273,12 @@ def test_a_slow_connection_of_the_fetcher_delays_nothing(
             super().read_into(offset, buffer)
 
     own = CountedSource(encrypted)
-    shared = SharedBlocks.create(own.size, own.version, ranks=ranks)
+    shared = BlockCache.create(own.size, own.version, ranks=ranks)
     with fetching(OneHangs(encrypted), shared, budget=64 * MIB):
         wait_for(lambda: all(is_there(shared, n) for n in range(shared.blocks) if n != 2))
         assert hung.is_set()
         assert same(load(PrefetchedSource(own, shared, 0, LoadProgress())), tensors)
-        assert shared.state(2) == ON_ITS_WAY
+        assert shared.state(2) == REQUESTED
         go_on.set()
     assert set(own.read_megabytes) == set(range(2 * BLOCK_BYTES // MIB, 3 * BLOCK_BYTES // MIB))
 
@@ -289,6 +286,6 @@ def test_a_slow_connection_of_the_fetcher_delays_nothing(
 def test_memory_of_another_version_is_not_used(encrypted: bytes) -> None:
     """The object may have been replaced between the fetcher and the loader."""
     source = CountedSource(encrypted)
-    assert SharedBlocks.create(source.size, "v1", ranks=1).fits(source)
-    assert not SharedBlocks.create(source.size, "v2", ranks=1).fits(source)
-    assert not SharedBlocks.create(source.size + 1, "v1", ranks=1).fits(source)
+    assert BlockCache.create(source.size, "v1", ranks=1).fits(source)
+    assert not BlockCache.create(source.size, "v2", ranks=1).fits(source)
+    assert not BlockCache.create(source.size + 1, "v1", ranks=1).fits(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fronts import Front
 from rangeserver import Fault, RangeServer
 from tensorserve.errors import (
     ConfigurationError,
@@ -207,6 +208,13 @@ def test_a_wrong_content_range_is_never_data(server: RangeServer, data: bytes, k
         source.read(70_000, 50_000)
 
 
+def test_the_name_of_an_upload_s_transfer_is_no_encoding(server: RangeServer, data: bytes) -> None:
+    """Stores that speak like S3 give `aws-chunked` back, for presigned and public URLs too."""
+    with Front(int(server.url.rpartition(":")[2]), name="aws-chunked") as front:
+        source = open_source(f"{front.url}/model.tensors", ACCESS)
+        assert source.read(100_000, 300_000) == data[100_000:400_000]
+
+
 def test_an_encoded_body_is_refused(server: RangeServer) -> None:
     """Compressed ranges are ranges of something else."""
     source = open_source(f"{server.url}/model.tensors", ACCESS)
@@ -266,7 +274,7 @@ def test_the_deadline_alone_ends_the_attempts() -> None:
     assert len(watching.reasons) > 12
 
 
-def test_a_server_that_asks_for_no_pause_is_not_asked_without_one(
+def test_a_server_that_wants_no_pause_is_asked_with_one(
     server: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`Retry-After: 0` with each answer: the pauses grow all the same."""

@@ -78,7 +78,7 @@ def test_an_unreadable_file_is_a_matter_of_permission(tmp_path: Path) -> None:
             open_source(str(path), ACCESS)
 
 
-def test_a_listing_names_files_below_and_refuses_links_that_lead_out(tmp_path: Path) -> None:
+def test_a_listing_names_files_and_refuses_links_that_lead_out(tmp_path: Path) -> None:
     """A2: a bundle cannot make us read another directory."""
     bundle = tmp_path / "bundle"
     (bundle / "sub").mkdir(parents=True)
@@ -108,8 +108,8 @@ def test_names_are_joined_as_their_kind_wants(base: str, name: str, joined: str)
 
 def test_another_scheme_is_refused() -> None:
     """Names those that work."""
-    with pytest.raises(ConfigurationError, match="'gs'"):
-        open_source("gs://b/m", ACCESS)
+    with pytest.raises(ConfigurationError, match="'gcs'"):
+        open_source("gcs://b/m", ACCESS)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(90, 11), (101, 1), (-1, 2)])

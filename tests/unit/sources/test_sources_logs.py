@@ -54,7 +54,7 @@ def test_no_signature_and_no_token_is_logged(
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("urllib3", "canary-signature"), ("botocore", "Signature")]
+    ("name", "shown"), [("tensorserve.requests", "canary-signature"), ("botocore", "Signature")]
 )
 def test_who_asks_by_name_is_answered(
     tmp_path: Path, s3: S3Server, bucket: str, name: str, shown: str

@@ -80,10 +80,10 @@ def test_a_private_ca_that_is_not_trusted_is_said_as_such(context: ssl.SSLContex
 
 
 def test_a_ca_bundle_that_does_not_exist_is_said_as_such(context: ssl.SSLContext) -> None:
-    """With its path's error, and not as a traceback."""
+    """A mistake in the settings (78), with its path and the variables that name it."""
     with (
         FaultServer(answer, tls=context) as server,
-        pytest.raises(SourceUnavailableError, match="No such file"),
+        pytest.raises(ConfigurationError, match=r"(?s)No such file.*AWS_CA_BUNDLE"),
     ):
         open_source("s3://b/m", s3_access(server, "/nowhere/ca.pem"))
 

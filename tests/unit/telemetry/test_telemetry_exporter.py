@@ -22,11 +22,36 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse
 from s3server import free_ports
-from telemetry_starts import Client, Engine, exporting, log_load, log_start
 
+from telemetry_starts import (
+    Client,
+    Engine,
+    begin_start,
+    exporting,
+    log_load,
+    log_start,
+    write_line,
+)
 from tensorserve.errors import ConfigurationError
-from tensorserve.telemetry import events_path, read_events
+from tensorserve.launch.companions import (
+    COMPANIONS_VARIABLE,
+    CompanionContext,
+    publish_companions,
+)
+from tensorserve.telemetry import Edge, Phase, events_path, read_events
+from tensorserve.telemetry.event_codec import Record
 from tensorserve.telemetry.exporter import Exporter
+from tensorserve.telemetry.schema import (
+    CompiledCacheKnown,
+    EngineExited,
+    EngineReady,
+    Event,
+    LoadDone,
+    LoadPlanned,
+    PhaseChanged,
+    StartFailed,
+    VerificationKnown,
+)
 from waiting import wait_for
 
 # The design's list, which dashboards and alerts depend on.
@@ -35,8 +60,9 @@ METRICS = {
     "tensorserve_phase_duration_seconds": {"phase"},
     "tensorserve_startup_seconds": set(),
     "tensorserve_ready": set(),
-    "tensorserve_load_info": {"rank", "loader"},
+    "tensorserve_load_info": {"rank", "loader", "transport", "sharing"},
     "tensorserve_verification": {"mode"},
+    "tensorserve_compiled_cache": {"result"},
     "tensorserve_load_size_bytes": {"rank"},
     "tensorserve_load_bytes_total": {"rank", "stage"},
     "tensorserve_load_stage_seconds_total": {"rank", "stage"},
@@ -64,20 +90,47 @@ def samples(client: Client) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
+def logged(state_dir: Path, kind: type[Event]) -> list[Record]:
+    """The events of a kind in the log, oldest first."""
+    return [r for r in read_events(events_path(state_dir)) if isinstance(r.event, kind)]
+
+
 def ready_events(state_dir: Path) -> int:
-    return sum(event["event"] == "ready" for event in read_events(events_path(state_dir)))
+    return len(logged(state_dir, EngineReady))
 
 
 def test_every_metric_of_the_design_is_there(tmp_path: Path, engine: Engine) -> None:
     """Names and labels are a contract."""
     log = log_start(tmp_path, engine)
     log_load(log, copied=400, done=False)
-    log.emit("verification", mode="manifest")
-    log.emit("failure", reason="corrupt", exit_code=65, message="m")
+    log.emit(VerificationKnown("manifest"))
+    log.emit(CompiledCacheKnown("absent", "5e" * 32))
+    log.emit(StartFailed("corrupt", 65, "m"))
     with exporting(tmp_path) as client:
         families = list(parse(client.ask("/metrics")[2]))
     found = {s.name: set(s.labels) for family in families for s in family.samples}
     assert found == METRICS
+
+
+@pytest.mark.parametrize(("compiled_anew", "result"), [(False, "brought"), (True, "unused")])
+def test_compiled_code_without_use_is_told(
+    tmp_path: Path, engine: Engine, compiled_anew: bool, result: str
+) -> None:
+    """When the start is ready, vLLM has a key more than the bundle brought it."""
+    keys = tmp_path / "vllm/torch_compile_cache/torch_aot_compile"
+    (keys / "of the bundle").mkdir(parents=True)
+    engine.status = 200
+    log = log_start(tmp_path, engine)
+    log.emit(CompiledCacheKnown("brought", "5e" * 32, str(tmp_path / "vllm"), 1))
+    if compiled_anew:
+        (keys / "another").mkdir()
+    log_load(log, copied=1000, done=True)
+    with exporting(tmp_path) as client:
+        wait_for(lambda: ready_events(tmp_path), 20)
+        wait_for(lambda: ("tensorserve_compiled_cache", (result,)) in samples(client), 20)
+        found = {name for name in samples(client) if name[0] == "tensorserve_compiled_cache"}
+    assert found == {("tensorserve_compiled_cache", (result,))}
+    assert len(logged(tmp_path, CompiledCacheKnown)) == 1 + compiled_anew
 
 
 def test_the_documentation_names_every_metric() -> None:
@@ -86,9 +139,7 @@ def test_the_documentation_names_every_metric() -> None:
     assert [name for name in METRICS if f"`{name}" not in text] == []
 
 
-def test_a_scrape_during_a_load_shows_progress_between_nothing_and_all(
-    tmp_path: Path, engine: Engine
-) -> None:
+def test_a_scrape_during_a_load_shows_partial_progress(tmp_path: Path, engine: Engine) -> None:
     """Nobody else shows it while it happens."""
     log_load(log_start(tmp_path, engine), copied=400, done=False)
     with exporting(tmp_path) as client:
@@ -106,13 +157,13 @@ def test_a_scrape_during_a_load_shows_progress_between_nothing_and_all(
 def test_a_scrape_says_which_loader_reads(tmp_path: Path, engine: Engine) -> None:
     """`auto`, also where a log of an earlier version does not say."""
     log = log_start(tmp_path, engine)
-    log.emit("load_plan", rank=0, bytes=10, tensors=1)
-    log.emit("load_plan", rank=1, bytes=10, tensors=1, loader="reference")
-    log.emit("load_plan", rank=2, bytes=10, tensors=1, loader="s3://Someone's")
+    write_line(tmp_path, "load_plan", rank=0, bytes=10, tensors=1)
+    log.emit(LoadPlanned(1, 10, 1, "reference", "libcurl"))
+    log.emit(LoadPlanned(2, 10, 1, "s3://Someone's", "urllib3"))
     with exporting(tmp_path) as client:
         found = samples(client)
-    for rank, loader in enumerate(("auto", "reference", "other")):
-        assert found["tensorserve_load_info", (loader, str(rank))] == 1
+    said = (("auto", "0"), ("reference", "1", "libcurl"), ("other", "2", "urllib3"))
+    assert all(found["tensorserve_load_info", labels] == 1 for labels in said)
 
 
 def test_each_scrape_sees_the_log_as_it_stands(tmp_path: Path, engine: Engine) -> None:
@@ -137,7 +188,7 @@ def test_the_phases_of_one_scrape_sum_to_the_start(tmp_path: Path, engine: Engin
     )
 
 
-def test_ready_needs_the_load_of_every_rank_and_an_engine_that_answers(
+def test_ready_needs_every_ranks_load_and_an_answering_engine(
     tmp_path: Path, engine: Engine
 ) -> None:
     """/readyz follows: loading, rank 1 still loading, engine silent, ready."""
@@ -149,7 +200,7 @@ def test_ready_needs_the_load_of_every_rank_and_an_engine_that_answers(
         engine.status = 200
         assert json.loads(client.ask("/readyz")[2])["reason"] == "still loading: rank 1"
         engine.status = 503
-        log.emit("load_done", rank=1)
+        log.emit(LoadDone(1))
         wait_for(lambda: engine.asked > 1)
         status, _, body = client.ask("/readyz")
         assert (status, json.loads(body)["ready"]) == (503, False)
@@ -159,7 +210,7 @@ def test_ready_needs_the_load_of_every_rank_and_an_engine_that_answers(
         assert samples(client)["tensorserve_ready", ()] == 1
 
 
-def test_another_server_on_the_engines_port_is_not_asked_before_the_load_is_complete(
+def test_the_engines_port_is_not_asked_before_the_load_is_done(
     tmp_path: Path, engine: Engine
 ) -> None:
     """A 200 from whoever it is must not make a start ready."""
@@ -168,11 +219,9 @@ def test_another_server_on_the_engines_port_is_not_asked_before_the_load_is_comp
     with exporting(tmp_path) as client:
         log_load(log, copied=400, done=False)
         assert client.status("/readyz") == 503
-        log.emit("load_done", rank=0)
+        log.emit(LoadDone(0))
         wait_for(lambda: client.status("/readyz") == 200)
-        first = next(e for e in read_events(events_path(tmp_path)) if e["event"] == "ready")
-        done = next(e for e in read_events(events_path(tmp_path)) if e["event"] == "load_done")
-        assert first["t"] > done["t"]
+        assert logged(tmp_path, EngineReady)[0].t > logged(tmp_path, LoadDone)[0].t
 
 
 @pytest.mark.parametrize("status", [204, 302, 404, 500])
@@ -186,9 +235,7 @@ def test_only_200_is_healthy(tmp_path: Path, engine: Engine, status: int) -> Non
     assert ready_events(tmp_path) == 0
 
 
-def test_ready_is_announced_once_also_by_an_exporter_that_was_started_again(
-    tmp_path: Path, engine: Engine
-) -> None:
+def test_ready_is_announced_once_across_exporter_restarts(tmp_path: Path, engine: Engine) -> None:
     """The second one finds the event in the log and still says ready."""
     engine.status = 200
     log_load(log_start(tmp_path, engine), copied=1000, done=True)
@@ -196,8 +243,9 @@ def test_ready_is_announced_once_also_by_an_exporter_that_was_started_again(
         with exporting(tmp_path) as client:
             wait_for(lambda: client.status("/readyz") == 200)
     assert ready_events(tmp_path) == 1
-    ends = [e for e in read_events(events_path(tmp_path)) if e.get("state") == "end"]
-    assert [e["phase"] for e in ends] == ["warmup"]
+    phases = [record.event for record in logged(tmp_path, PhaseChanged)]
+    assert phases.count(PhaseChanged(Phase.WARMUP, Edge.END)) == 1
+    assert phases[-1] == PhaseChanged(Phase.WARMUP, Edge.END)
 
 
 def test_a_second_start_in_the_same_log_is_announced_again(
@@ -210,9 +258,9 @@ def test_a_second_start_in_the_same_log_is_announced_again(
     log_load(log, copied=1000, done=True)
     with exporting(tmp_path) as client:
         wait_for(lambda: client.status("/readyz") == 200)
-        log.emit("engine_exit", code=1)
+        log.emit(EngineExited(1))
         assert client.status("/readyz") == 503
-        log.emit("start", start_id="b", health_url=engine.url)
+        begin_start(log, "b", engine.url)
         assert client.status("/readyz") == 503
         log_load(log, copied=1000, done=True)
         wait_for(lambda: client.status("/readyz") == 200)
@@ -242,7 +290,7 @@ def test_a_start_that_failed_is_never_ready(tmp_path: Path, engine: Engine) -> N
     engine.status = 200
     log = log_start(tmp_path, engine)
     log_load(log, copied=1000, done=True)
-    log.emit("failure", reason="corrupt", exit_code=65, message="canary")
+    log.emit(StartFailed("corrupt", 65, "canary"))
     with exporting(tmp_path) as client:
         status, _, body = client.ask("/readyz")
     assert (status, engine.asked) == (503, 0)
@@ -276,7 +324,7 @@ def test_startupz_tells_what_a_progress_bar_needs(tmp_path: Path, engine: Engine
         assert content["last_advance"] >= 0
         assert content["failures"] == {}
         assert list(content["phases"]) == ["load"]
-        log.emit("load_done", rank=0)
+        log.emit(LoadDone(0))
         engine.status = 200
         wait_for(lambda: client.status("/startupz") == 200)
         content = json.loads(client.ask("/startupz")[2])
@@ -294,10 +342,10 @@ def test_before_any_start_the_exporter_answers_already(tmp_path: Path) -> None:
 def test_nothing_of_the_users_is_shown(tmp_path: Path, engine: Engine) -> None:
     """Messages, odd reasons and phases from the log reach no answer, no label, no page."""
     log = log_start(tmp_path, engine)
-    log.emit("phase", phase="s3://canary/<b>", state="begin")
+    write_line(tmp_path, "phase", phase="s3://canary/<b>", state="begin")
     log_load(log, copied=400, done=False)
-    log.emit("load_progress", rank=0, fetch=500, retries={"s3://canary": 1})
-    log.emit("failure", reason="s3://canary", exit_code=65, message="s3://canary/model is damaged")
+    write_line(tmp_path, "load_progress", rank=0, fetch=500, retries={"s3://canary": 1})
+    log.emit(StartFailed("s3://canary", 65, "s3://canary/model is damaged"))
     with exporting(tmp_path) as client:
         answers = [client.ask(p)[2] for p in ("/", "/metrics", "/readyz", "/startupz", "/canary")]
         found = samples(client)
@@ -321,7 +369,7 @@ def test_promtool_finds_nothing_to_mend(tmp_path: Path, engine: Engine) -> None:
     """Help texts, units and names are as Prometheus wants them."""
     log = log_start(tmp_path, engine)
     log_load(log, copied=400, done=False)
-    log.emit("failure", reason="corrupt", exit_code=65, message="m")
+    log.emit(StartFailed("corrupt", 65, "m"))
     with exporting(tmp_path) as client:
         text = client.ask("/metrics")[2]
     result = subprocess.run(
@@ -360,16 +408,20 @@ def slow_sockets(port: int, count: int) -> list[socket.socket]:
     return slow
 
 
+def readable(connections: list[socket.socket]) -> list[tuple[int, int]]:
+    """Not by select(): it knows no descriptor above 1023, and a long test run has more."""
+    poll = select.poll()
+    for connection in connections:
+        poll.register(connection, select.POLLIN)
+    return poll.poll(0)
+
+
 @contextmanager
 def separate_exporter(state_dir: Path, log: Path) -> Iterator[Client]:
     """`tensorserve exporter`, as supervisord runs it; what it prints goes to `log`."""
     (port,) = free_ports(1)
-    environment = {
-        **os.environ,
-        "TENSORSERVE_STATE_DIR": str(state_dir),
-        "TENSORSERVE_METRICS_HOST": "127.0.0.1",
-        "TENSORSERVE_METRICS_PORT": str(port),
-    }
+    companions = CompanionContext(state_dir, "127.0.0.1", port, engine_restarts=0, failure_linger=0)
+    environment = {**os.environ, COMPANIONS_VARIABLE: publish_companions(companions)}
     command = [sys.executable, "-m", "tensorserve.cli", "exporter"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
@@ -398,7 +450,7 @@ def test_probes_are_answered_beside_500_slow_sockets(tmp_path: Path) -> None:
                 assert (client.status("/livez"), client.status("/readyz")) == (200, 503)
                 assert client.status("/metrics") == 200
             # They were kept: nobody who is only slow has been turned away.
-            assert select.select(slow, [], [], 0)[0] == []
+            assert readable(slow) == []
         finally:
             for connection in slow:
                 connection.close()
@@ -409,13 +461,13 @@ def test_the_oldest_connection_of_the_greediest_peer_gives_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flood closes its own connections, and neither the others' nor new ones."""
-    monkeypatch.setattr("tensorserve.telemetry.answering.MOST_CONNECTIONS", 12)
+    monkeypatch.setattr("tensorserve.telemetry.http_server.MOST_CONNECTIONS", 12)
     with exporting(tmp_path) as client:
         other = socket.create_connection(
             ("127.0.0.1", client.port), source_address=("127.0.0.2", 0)
         )
         flood = slow_sockets(client.port, 40)
-        wait_for(lambda: len(select.select(flood, [], [], 0)[0]) == 40 - 11)
+        wait_for(lambda: len(readable(flood)) == 40 - 11)
         assert client.status("/livez") == 200
         other.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
         assert other.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
@@ -427,7 +479,7 @@ def test_a_connection_has_an_absolute_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A byte now and then does not make it longer."""
-    monkeypatch.setattr("tensorserve.telemetry.answering.SECONDS", 0.3)
+    monkeypatch.setattr("tensorserve.telemetry.http_server.SECONDS", 0.3)
     with (
         exporting(tmp_path) as client,
         socket.create_connection(("127.0.0.1", client.port)) as slow,

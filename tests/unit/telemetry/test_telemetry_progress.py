@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import pytest
-from telemetry_starts import at, begin, end, progress, whole_start
 
+from telemetry_starts import at, begin, end, progress, whole_start
 from tensorserve.telemetry import ProgressView, StartState, fold
+from tensorserve.telemetry.fold import apply
 from tensorserve.telemetry.progress import describe
 
 
@@ -103,8 +104,8 @@ def test_a_pipe_gets_a_line_at_each_phase_and_each_tenth() -> None:
         at(9, "ready"),
     ]
     for event in events:
-        state.apply(event)
-        view.update(state, now=event["t"])
+        apply(state, event)
+        view.update(state, now=event.t)
     lines = stream.getvalue().splitlines()
     assert "\x1b" not in stream.getvalue()
     assert [line.split()[1] for line in lines if "load" not in line] == [
@@ -119,7 +120,7 @@ def test_a_load_by_the_reference_reader_says_so() -> None:
     state = StartState()
     plan = at(1, "load_plan", rank=0, bytes=1000, tensors=1, loader="reference")
     for event in (at(0, "start", start_id="a"), begin(1, "load"), plan):
-        state.apply(event)
+        apply(state, event)
     assert describe(state, 2).startswith("load with the reference reader   0%")
 
 

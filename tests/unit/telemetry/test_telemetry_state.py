@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from telemetry_starts import at, begin, end, progress, whole_start
 
+from telemetry_starts import at, begin, end, progress, whole_start
 from tensorserve.telemetry import StartState, fold
-from tensorserve.telemetry.load import label
+from tensorserve.telemetry.event_codec import Record
+from tensorserve.telemetry.event_values import label
+from tensorserve.telemetry.fold import apply
 
 
 def test_phases_sum_to_the_total_after_each_event() -> None:
     """No time of a start belongs to no phase, or to two, however far it has come."""
     state = StartState()
     for event in whole_start():
-        state.apply(event)
-        now = min(event["t"] + 0.5, 160)
+        apply(state, event)
+        now = min(event.t + 0.5, 160)
         assert sum(state.phase_seconds(now).values()) == pytest.approx(state.startup_seconds(now))
     assert state.startup_seconds(now=999) == 60
 
@@ -87,7 +89,7 @@ def test_a_stall_shows_as_no_rate_and_no_eta() -> None:
     assert state.last_advance == 132
 
 
-def test_before_the_first_tensor_is_in_the_model_a_load_advances_all_the_same() -> None:
+def test_a_load_advances_before_its_first_tensor_is_in_the_model() -> None:
     """A large first tensor, over a slow link, must look neither like a stall nor like 0 %."""
     state = fold([*whole_start()[:10], progress(133, 0, fetch=400)])
     assert (state.copied_bytes, state.arrived_bytes, state.progress) == (0, 400, 0.4)
@@ -109,15 +111,15 @@ def test_after_the_load_the_rate_is_its_mean() -> None:
     assert (state.rate(150), state.rank_rate(0, 9999), state.eta(9999)) == (100, 100, 0)
 
 
-def test_a_load_is_complete_when_every_rank_that_planned_one_is_done() -> None:
+def test_a_load_is_complete_when_all_ranks_that_planned_are_done() -> None:
     """One rank's end does not make the other's."""
     state = fold([at(0, "start")])
     assert not state.load_complete
     for rank in (0, 1):
-        state.apply(at(1, "load_plan", rank=rank, bytes=10, tensors=1))
-    state.apply(at(2, "load_done", rank=1))
+        apply(state, at(1, "load_plan", rank=rank, bytes=10, tensors=1))
+    apply(state, at(2, "load_done", rank=1))
     assert not state.load_complete
-    state.apply(at(3, "load_done", rank=0))
+    apply(state, at(3, "load_done", rank=0))
     assert state.load_complete
 
 
@@ -172,7 +174,7 @@ def test_the_clock_of_a_start_that_failed_stands_still() -> None:
     assert state.phase_seconds(500) == {"import": 9}
 
 
-def test_a_ready_of_an_earlier_start_does_not_make_this_one_ready() -> None:
+def test_an_earlier_starts_ready_does_not_make_this_one_ready() -> None:
     """An exporter may have asked the engine that has just ended."""
     state = fold([*whole_start(), at(161, "start", start_id="b"), at(162, "ready", start_id="a")])
     assert not state.ready
@@ -194,7 +196,7 @@ def test_a_ready_of_an_earlier_start_does_not_make_this_one_ready() -> None:
         at(1, "unheard_of"),
     ],
 )
-def test_a_damaged_event_does_not_stop_the_fold(damaged: dict[str, object]) -> None:
+def test_a_damaged_event_does_not_stop_the_fold(damaged: Record) -> None:
     """A log may be damaged, or written by another version; what follows still counts."""
     state = fold([at(0, "start"), damaged, at(2, "start", start_id="b"), begin(3, "load")])
     assert (state.start_id, state.phase) == ("b", "load")

@@ -1,0 +1,1 @@
+"""What does a bundle contain, and is it complete and authentic?"""

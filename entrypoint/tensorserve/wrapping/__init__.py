@@ -1,0 +1,1 @@
+"""How is the model's key wrapped, and who unwraps it?"""
