@@ -2,7 +2,12 @@
 
 A word goes before each message: its owner has it, or has failed. So no rank begins a broadcast that
 its owner has not begun: on a GPU such a broadcast would be a kernel that waits for a network. Words
-go over gloo. gloo notices when a process ends (its connection closes); NCCL does not.
+go over gloo.
+
+A rank that ends may leave a broadcast behind that never ends. NCCL does not notice that a process
+has ended. gloo does, but tells nobody who has a part of a message already (Pair::signalException in
+gloo/transport/tcp/pair.cc leaves out the receive that is under way). So each rank watches the
+others' processes while it waits.
 
 The groups are made here, not by torch.distributed.new_group (torch 2.13). With vLLM's own groups,
 broadcasts would have to come in the same order with vLLM's collectives. Of new_group, all of vLLM's
@@ -17,10 +22,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import select
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +81,8 @@ class RankGroup:
         """
         self.rank, self.size = rank, size
         store = _DIST.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        processes = _DIST.PrefixStore("processes", store)
+        processes.set(str(rank), json.dumps(_this_process()))
         try:
             self._words = _gloo(_DIST.PrefixStore("words", store), rank, size)
             self._data = (
@@ -82,6 +92,9 @@ class RankGroup:
             )
         except RuntimeError as error:
             raise _refused(error) from error
+        # All of them are there: they have found each other.
+        others = {other: json.loads(processes.get(str(other))) for other in range(size)}
+        self._ends = _Ends(others)
 
     def say(self) -> Word:
         """Tell the others that this rank has its next message. Does not wait until they hear it."""
@@ -110,12 +123,9 @@ class RankGroup:
         return Broadcast(word, self._begin(memory, word.owner, self._data))
 
     def arrived(self, broadcast: Broadcast) -> None:
-        """Wait until it is over, here; on a GPU the current stream waits for it."""
+        """Wait until it is over, here; on a GPU the current stream is told as well."""
         self._wait(broadcast.word.work)
-        if self._data is self._words:
-            self._wait(broadcast.work)
-        else:
-            broadcast.work.wait()
+        self._wait(broadcast.work)
 
     def gather(self, value: object) -> list[Any]:
         """What each rank gives, by rank; what JSON can hold."""
@@ -123,6 +133,7 @@ class RankGroup:
 
     def close(self, *, failed: bool) -> None:
         """Give the groups up. `failed`: some broadcasts may never end."""
+        self._ends.close()
         if self._data is not self._words:
             # Else its kernels might go on, and its memory would be the load's for ever.
             with suppress(RuntimeError):
@@ -153,13 +164,63 @@ class RankGroup:
     def _wait(self, work: Any) -> None:
         # Not in one call of C: a signal's handler would have to wait for it.
         pause = DEFAULTS.least_share_poll_seconds
+        ended: int | None = None
+        until = 0.0
         while not work.is_completed():
+            if ended is None:
+                ended = self._ends.first()
+                # What it has sent still arrives, and its word or gloo's error says more.
+                until = time.monotonic() + DEFAULTS.rank_ended_seconds
+            elif time.monotonic() > until:
+                raise _other_rank(f"the process of rank {ended} is gone")
             time.sleep(pause)
             pause = min(2 * pause, DEFAULTS.most_share_poll_seconds)
         try:
             work.wait()
         except RuntimeError as error:
             raise _other_rank(str(error)) from error
+
+
+class _Ends:
+    """Which processes have ended, whoever is their parent and whether or not it knows."""
+
+    def __init__(self, processes: dict[int, tuple[int, str]]) -> None:
+        """`processes`: those of all ranks, as `_this_process` gives them."""
+        self._poll = select.poll()
+        self._ranks: dict[int, int] = {}
+        self._gone: int | None = None
+        own_id, own_namespace = _this_process()
+        for rank, (process_id, namespace) in processes.items():
+            # A number of another namespace may be any process's here.
+            if process_id == own_id or namespace != own_namespace:
+                continue
+            try:
+                descriptor = os.pidfd_open(process_id)
+            except ProcessLookupError:
+                self._gone = rank
+            except OSError:
+                # A sandbox that refuses it: TENSORSERVE_START_DEADLINE ends a start that hangs.
+                continue
+            else:
+                self._ranks[descriptor] = rank
+                self._poll.register(descriptor, select.POLLIN)
+
+    def first(self) -> int | None:
+        """A rank whose process has ended."""
+        for descriptor, _ in self._poll.poll(0):
+            self._gone = self._ranks[descriptor]
+        return self._gone
+
+    def close(self) -> None:
+        for descriptor in self._ranks:
+            os.close(descriptor)
+        self._ranks.clear()
+        self._poll = select.poll()
+
+
+def _this_process() -> tuple[int, str]:
+    """Its number, and the namespace in which it is a number."""
+    return os.getpid(), str(Path("/proc/self/ns/pid").readlink())
 
 
 def _gloo(store: Any, rank: int, size: int) -> Any:

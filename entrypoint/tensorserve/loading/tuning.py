@@ -194,6 +194,8 @@ class Tuning:
     """... and how often after a while. Guess."""
     say_failed_seconds: float = 5.0
     """How long a rank that failed waits for the others to hear it. Guess."""
+    rank_ended_seconds: float = 1.0
+    """How long what an ended rank has sent may take to arrive. Guess."""
     other_rank_seconds: float = 1.0
     """How long a rank that another one has failed waits, so that the other one's error is reported
     first. Guess.

@@ -10,7 +10,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tensorizer import EncryptionParams, TensorSerializer
+from tests.waiting import wait_for
 
 from tensorserve.bundle.keys import GivenKey
 from tensorserve.errors import SourceUnavailableError, TensorserveError
@@ -289,6 +290,31 @@ def run(rank: int, ranks: int, names: list[str], folder: str, said: str) -> None
     os._exit(0)  # as a process that is ended: broadcasts may be on their way
 
 
+def left_alone(rank: int, said: str) -> None:
+    """Rank 0 kills rank 1 as soon as the first byte of its broadcast is there."""
+    rank_group.DEFAULTS = replace(DEFAULTS, other_rank_seconds=0.0)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{said}/store", rank=rank, world_size=2
+    )
+    group = RankGroup("test", rank, 2, torch.device("cpu"))
+    sender = group.gather(os.getpid())[1]
+    memory = torch.zeros(1024 * MIB, dtype=torch.uint8)  # pages that nobody touches cost nothing
+    memory[0] = rank
+    word = group.say() if rank == 1 else group.hear(1)
+    group.heard(word)
+    broadcast = group.broadcast(memory, word)
+    if rank == 1:
+        group.arrived(broadcast)
+        raise AssertionError("it was to be killed before that")
+    while not memory[0]:
+        pass
+    os.kill(sender, signal.SIGKILL)
+    with suppress(TensorserveError):
+        group.arrived(broadcast)
+    Path(f"{said}/ended").touch()
+    os._exit(0)
+
+
 def results(
     names: list[str], files: Path, said: Path, ranks: int
 ) -> dict[str, list[dict[str, Any] | None]]:
@@ -376,3 +402,17 @@ def test_a_rank_that_fails_ends_all_with_its_error(
             "raising": "ValueError", "dying": None,
         }[name]  # fmt: skip
         assert kinds == ["OtherRankError", cause, *others]
+
+
+def test_a_rank_that_ends_in_the_middle_of_a_broadcast_is_noticed(tmp_path: Path) -> None:
+    """gloo tells nobody who has received a part of the message already."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tensorizer", "tensorserve.loading.shared_stream"])
+    processes = [server.Process(target=left_alone, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        wait_for((tmp_path / "ended").exists, 60)
+    finally:
+        for process in processes:
+            process.kill()
