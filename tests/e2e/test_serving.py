@@ -236,8 +236,8 @@ def test_a_dead_exporter_restarts_alone(s3_run: S3Run) -> None:
     """F14: the engine never notices, and the metrics come back whole."""
     engine = s3_run.engine
     pid = process_of(engine, "exporter")
-    os.kill(pid, signal.SIGKILL)
-    engine.wait_for(lambda: process_of(engine, "exporter") not in {0, pid}, 20)
+    kill(pid)
+    engine.wait_for(lambda: process_of(engine, "exporter") not in {None, pid}, 20)
     engine.wait_for(lambda: engine.get("/readyz", engine.metrics_port)[0] == 200, 20)
     assert engine.metric("tensorserve_load_bytes_total", stage="copy")
     assert [e["event"] for e in engine.events()].count("ready") == 1
@@ -249,13 +249,19 @@ def test_a_dead_engine_ends_the_container_with_its_code(s3_run: S3Run) -> None:
     engine = s3_run.engine
     assert engine.process is not None
     session = engine.process.pid
-    os.kill(process_of(engine, "vllm"), signal.SIGKILL)
-    assert engine.process.wait(20) == 128 + signal.SIGKILL
-    assert session_processes(session) == []
+    kill(process_of(engine, "vllm"))
+    # However busy the machine is: a container that stays is what would fail this.
+    assert engine.process.wait(120) == 128 + signal.SIGKILL, engine.text[-4000:]
+    assert session_processes(session) == [], engine.text[-4000:]
 
 
-def process_of(engine: Tensorserve, what: str) -> int:
-    """The process of `tensorserve <what>`, or `vllm serve`; 0 if there is none."""
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def process_of(engine: Tensorserve, what: str) -> int | None:
+    """The process of `tensorserve <what>`, or `vllm serve`, if there is one."""
     assert engine.process is not None
     for pid in session_processes(engine.process.pid):
         try:
@@ -266,7 +272,7 @@ def process_of(engine: Tensorserve, what: str) -> int:
         wanted = ["vllm", "serve"] if what == "vllm" else ["tensorserve", what]
         if any(list(pair) == wanted for pair in itertools.pairwise(names)):
             return pid
-    return 0
+    return None
 
 
 # From HTTP, slowed ------------------------------------------------------------------------------
@@ -321,7 +327,7 @@ def test_sigterm_in_the_middle_of_a_load(tmp_path: Path, bundle: Bundle) -> None
             engine.process.send_signal(signal.SIGTERM)
             # Not on the clock: other tests have the cores as well.
             assert supervisor_seconds(0, serving=False) < 5
-            assert engine.process.wait(30) == 143
+            assert engine.process.wait(120) == 143, engine.text[-4000:]
             assert session_processes(session) == []
 
 
@@ -392,11 +398,11 @@ def test_a_crashed_engine_is_started_again_as_often_as_asked(
 
             def importing(number: int = attempt) -> bool:
                 begun = [e for e in engine.events() if e.get("phase") == "import"]
-                return len(begun) > number and process_of(engine, "vllm") > 0
+                return len(begun) > number and process_of(engine, "vllm") is not None
 
             engine.wait_for(importing, 60)
-            os.kill(process_of(engine, "vllm"), signal.SIGKILL)
-        assert engine.process.wait(20) == 128 + signal.SIGKILL
+            kill(process_of(engine, "vllm"))
+        assert engine.process.wait(120) == 128 + signal.SIGKILL, engine.text[-4000:]
         assert [e["attempt"] for e in engine.events() if e["event"] == "start"] == [0, 1]
         assert session_processes(engine.process.pid) == []
 

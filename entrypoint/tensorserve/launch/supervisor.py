@@ -63,6 +63,8 @@ FINAL_CODES = frozenset(
     )
 )
 _TICK = 0.1
+_KILL_TICK = 0.01
+_KILL_SECONDS = 10.0
 
 
 def up(environ: Mapping[str, str], arguments: tuple[str, ...]) -> int:
@@ -237,15 +239,18 @@ def _reap(spare: int) -> None:
 
 def _kill_children() -> None:
     """Kill all descendants that are left. As a subreaper this process finds every orphan."""
-    deadline = time.monotonic() + 2.0
+    # Only what makes processes faster than they are killed, or does not end, is left.
+    deadline = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < deadline:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if not children:
-            return
-        for child in children:
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
-        for child in children:
-            os.waitpid(int(child), 0)
+        try:
+            # The list may leave some out while others end (proc(5)); this does not.
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(_KILL_TICK)
 
 
 def watch(reference: str) -> None:
