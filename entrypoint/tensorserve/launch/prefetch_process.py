@@ -104,13 +104,19 @@ def _fetch(
     """Fill the memory and report progress. Releases the memory in any case."""
     progress = LoadProgress()
     last = 0.0
+    told: PrefetchProgressed | None = None
 
     def report() -> None:
-        nonlocal last
-        if log is not None and time.monotonic() - last > DEFAULTS.prefetch_report_seconds:
-            last = time.monotonic()
-            counts = progress.snapshot()
-            log.emit(PrefetchProgressed(progress.received_bytes(), counts.requests, counts.retries))
+        nonlocal last, told
+        if log is None or time.monotonic() - last <= DEFAULTS.prefetch_report_seconds:
+            return
+        last = time.monotonic()
+        counts = progress.snapshot()
+        now = PrefetchProgressed(progress.received_bytes(), counts.requests, counts.retries)
+        # All may be there long before vLLM asks for it.
+        if now != told:
+            told = now
+            log.emit(now)
 
     try:
         source = sources.open_source(shard.uri, access_for(settings), progress)

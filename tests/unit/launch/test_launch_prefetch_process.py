@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +16,16 @@ from rangeserver import RangeServer
 from tensorserve.config.access import access_for
 from tensorserve.config.launch_plan import make_plan
 from tensorserve.config.settings import Settings
+from tensorserve.launch import prefetch_process
 from tensorserve.launch.context import Shard
 from tensorserve.launch.prefetch_process import fetch_for_ranks, start_prefetch
 from tensorserve.loading import LoadProgress
 from tensorserve.loading.block_cache import BLOCK_BYTES, BlockCache
 from tensorserve.loading.prefetch import PrefetchedSource
+from tensorserve.loading.tuning import DEFAULTS
 from tensorserve.sources import Source, open_source
 from tensorserve.telemetry import EventLog
+from waiting import wait_for
 
 S3 = Shard("s3://bucket/model/model.tensors", '"etag"', 10_000_000)
 
@@ -93,6 +99,46 @@ def test_where_the_shared_fetch_fails_a_rank_reads_for_itself(tmp_path: Path) ->
             log=None,
         )
         assert _read(source, path, 0) == data
+
+
+def test_what_is_reported_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is there, and nobody asks for it yet: the log does not grow."""
+    often = replace(DEFAULTS, prefetch_report_seconds=0.0)
+    monkeypatch.setattr(prefetch_process, "DEFAULTS", often)
+    looks: list[int] = []
+    snapshot = LoadProgress.snapshot
+    monkeypatch.setattr(
+        LoadProgress, "snapshot", lambda progress: (looks.append(1), snapshot(progress))[1]
+    )
+    data = os.urandom(BLOCK_BYTES)
+    (tmp_path / "model.tensors").write_bytes(data)
+    log = tmp_path / "log"
+    with RangeServer(tmp_path) as server:
+        uri = f"{server.url}/model.tensors"
+        settings = Settings.from_environment({"TENSORSERVE_MODEL_URI": uri})
+        source = open_source(uri, access_for(settings), LoadProgress())
+        path = fetch_for_ranks(
+            settings,
+            Shard(uri, source.version, len(data)),
+            1,
+            budget=BLOCK_BYTES,
+            processors=os.sched_getaffinity(0),
+            log=EventLog(log),
+        )
+        wait_for(lambda: any(e["bytes"] >= len(data) for e in _prefetched(log)), 60)
+        before = len(looks)
+        wait_for(lambda: len(looks) > before + 3, 60)
+        _read(source, path, 0)
+    events = _prefetched(log)
+    assert len(events) == len({json.dumps(event, sort_keys=True) for event in events})
+
+
+def _prefetched(log: Path) -> list[dict[str, Any]]:
+    """The events, without when they were."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    events = [json.loads(line) for line in lines]
+    kept = ("bytes", "requests", "retries")
+    return [{name: event[name] for name in kept} for event in events]
 
 
 def _read(source: Source, path: str, rank: int) -> bytes:
