@@ -404,7 +404,7 @@ def test_a_rank_that_fails_ends_all_with_its_error(
         assert kinds == ["OtherRankError", cause, *others]
 
 
-def test_a_rank_that_ends_in_the_middle_of_a_broadcast_is_noticed(tmp_path: Path) -> None:
+def test_a_rank_that_ends_in_a_broadcast_is_noticed(tmp_path: Path) -> None:
     """gloo tells nobody who has received a part of the message already."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tensorizer", "tensorserve.loading.shared_stream"])
