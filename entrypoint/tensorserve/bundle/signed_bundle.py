@@ -103,7 +103,7 @@ def check_files(
 
 
 def _difference(uri: str, access: Access, size: int, sha256: str | None) -> str | None:
-    """What is wrong with the file at `uri`, if anything; its content only where `sha256` is given."""
+    """What is wrong with the file at `uri`, if anything; it is read where `sha256` is given."""
     try:
         source = sources.open_source(uri, access)
     except NotFoundError:

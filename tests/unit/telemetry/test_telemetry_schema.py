@@ -198,7 +198,7 @@ def test_no_field_whatever_it_holds_raises_in_a_consumer(lines: list[dict[str, A
         render_report(state, 80, True)
 
 
-COMMON_WORDS = {"start", "check", "verification", "phase", "ready", "failure"}
+COMMON_WORDS = {"start", "check", "verification", "signature", "phase", "ready", "failure"}
 OWN_FORMATS = {
     "cli.py": "names of commands and options",
     "config/launch_plan.py": "names of flags",
