@@ -103,7 +103,16 @@ class Authority:
 
 
 def model_signing(*words: object) -> tuple[int, str]:
-    """(exit code, what it printed) of the real `model_signing` command."""
+    """(exit code, what it printed) of the real `model_signing` command, run in this process."""
+    from click.testing import CliRunner
+    from model_signing._cli import main
+
+    done = CliRunner().invoke(main, list(map(str, words)))
+    return done.exit_code, done.output
+
+
+def model_signing_process(*words: object) -> tuple[int, str]:
+    """The same as a process of its own, as a user runs it."""
     done = subprocess.run(
         [sys.executable, "-m", "model_signing", *map(str, words)],
         capture_output=True,
@@ -116,9 +125,16 @@ def model_signing(*words: object) -> tuple[int, str]:
 
 def verify_key(bundle: Path, public: Path) -> tuple[int, str]:
     """What it says of a downloaded bundle, with the signer's public key."""
-    return model_signing(
-        "verify", "key", bundle, "--signature", bundle / "model.sig", "--public_key", public
-    )
+    return model_signing(*_verifying(bundle, public))
+
+
+def verify_key_process(bundle: Path, public: Path) -> tuple[int, str]:
+    """The same as a process of its own."""
+    return model_signing_process(*_verifying(bundle, public))
+
+
+def _verifying(bundle: Path, public: Path) -> tuple[object, ...]:
+    return "verify", "key", bundle, "--signature", bundle / "model.sig", "--public_key", public
 
 
 def _private(pair: Pair) -> Any:
