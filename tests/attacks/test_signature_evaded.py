@@ -227,9 +227,7 @@ def test_refused_by_a_start_as_well(tmp_path: Path, bundle: Path, owner: Pair, v
     assert vault.seen == []
 
 
-def test_weights_of_the_same_size_are_refused_while_they_are_read(
-    bundle: Path, owner: Pair
-) -> None:
+def test_weights_of_the_same_size_are_refused_as_they_are_read(bundle: Path, owner: Pair) -> None:
     """The signature does not read them: the manifest that it covers binds them."""
     weights = bundle / "model.tensors"
     data = bytearray(weights.read_bytes())

@@ -38,7 +38,7 @@ from tensorserve.format import TensorHeader
 from tensorserve.packing.destination import refuse_unwritable, replace_file
 from tensorserve.packing.model_signer import ModelSigner
 from tensorserve.secret import redact_uri
-from tensorserve.sources import Access, NotFoundError
+from tensorserve.sources import Access, ForbiddenError, NotFoundError
 from tensorserve.version import __version__
 
 
@@ -135,7 +135,7 @@ def refuse_signed(uri: str, access: Access, command: str) -> None:
     again, and its signature is of the manifest as it is."""
     try:
         sources.open_source(sources.join(uri, SIGNATURE), access).close()
-    except NotFoundError:
+    except (NotFoundError, ForbiddenError):  # some stores answer 403 for what is not there
         return
     raise ConfigurationError(
         f"{redact_uri(uri)} is signed ({SIGNATURE}), and {command} would write a {MANIFEST} that "
