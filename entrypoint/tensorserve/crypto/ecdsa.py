@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         EllipticCurvePrivateKey,
         EllipticCurvePublicKey,
     )
+    from cryptography.hazmat.primitives.hashes import HashAlgorithm
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MOST_KEYS = 16
@@ -85,13 +86,19 @@ class EcVerifyingKey:
         return hashlib.sha256(pem).hexdigest()
 
     @property
-    def algorithm(self) -> ECDSA:
-        """ECDSA with the hash of the curve's size."""
-        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+    def hash(self) -> HashAlgorithm:
+        """The one of the curve's size."""
         from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
 
         size = self._key.curve.key_size
-        return ECDSA(SHA256() if size == 256 else SHA384() if size == 384 else SHA512())
+        return SHA256() if size == 256 else SHA384() if size == 384 else SHA512()
+
+    @property
+    def algorithm(self) -> ECDSA:
+        """ECDSA with that hash."""
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+
+        return ECDSA(self.hash)
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
         """Whether the private key of this one made `signature` of `message`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from tensorserve.bundle.manifest import SIGNATURE
 from tensorserve.bundle.model_signature import is_ignored, parse_signature, statement_of
@@ -22,19 +23,32 @@ from tensorserve.bundle.signature_trust import (
     key_of,
     subject_of,
 )
-from tensorserve.crypto.ecdsa import EcSigningKey
+from tensorserve.crypto.ecdsa import EcSigningKey, EcVerifyingKey
 from tensorserve.errors import ConfigurationError
 from tensorserve.format.writer import Output
 from tensorserve.packing.key_file import read_secret
+from tensorserve.packing.pkcs11_key import SCHEME, Pkcs11Key
 from tensorserve.secret import Secret, redact_uri
 
 _MOST_CERTIFICATE_BYTES = 64 * 1024
 
 
+class SigningKey(Protocol):
+    """A private key, wherever it is."""
+
+    origin: str
+    """For messages."""
+    public: EcVerifyingKey
+
+    def sign(self, message: bytes) -> bytes:
+        """The signature of `message`: DER of the two numbers."""
+        ...
+
+
 class ModelSigner:
     """Signs with a private key; `certificates` (DER, the signer's first) go into the signature."""
 
-    def __init__(self, key: EcSigningKey, certificates: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, key: SigningKey, certificates: tuple[bytes, ...] = ()) -> None:
         """Raises ConfigurationError unless the first certificate is of `key`."""
         self._key = key
         self._certificates = certificates
@@ -45,9 +59,13 @@ class ModelSigner:
             self.by = _certified(key, certificates[0])
 
     @classmethod
-    def read(cls, key: Path, certificates: Path | None) -> ModelSigner:
-        """From PEM files. Raises ConfigurationError."""
-        signing = EcSigningKey.parse(Secret(read_secret(key), str(key)))
+    def read(cls, key: str | Path, certificates: Path | None) -> ModelSigner:
+        """From PEM files; the key may be a URI of PKCS #11. Raises ConfigurationError."""
+        signing: SigningKey
+        if str(key).startswith(SCHEME):
+            signing = Pkcs11Key(str(key))
+        else:
+            signing = EcSigningKey.parse(Secret(read_secret(Path(key)), str(key)))
         return cls(signing, () if certificates is None else _read_certificates(certificates))
 
     def sign(self, files: Mapping[str, str], uri: str) -> bytes:
@@ -101,7 +119,7 @@ def _read_certificates(path: Path) -> tuple[bytes, ...]:
     return tuple(certificate.public_bytes(Encoding.DER) for certificate in found)
 
 
-def _certified(key: EcSigningKey, der: bytes) -> SignedBy:
+def _certified(key: SigningKey, der: bytes) -> SignedBy:
     from cryptography import x509
 
     certificate = x509.load_der_x509_certificate(der)

@@ -104,9 +104,8 @@ def add_sign_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sign-key",
         metavar="PEM",
-        type=Path,
-        help="sign the bundle with this EC private key: model.sig, as OpenSSF's model_signing "
-        "makes and verifies it (docs/signatures.md)",
+        help="sign the bundle with this EC private key, a file or pkcs11:…: model.sig, as "
+        "OpenSSF's model_signing makes and verifies it (docs/signatures.md)",
     )
     parser.add_argument(
         "--sign-certificates",
