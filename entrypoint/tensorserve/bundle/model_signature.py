@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from tensorserve import sources
 from tensorserve.bounded_json import read_json
 from tensorserve.bundle.compiled import FOLDER as COMPILED
+from tensorserve.bundle.file_names import leaves_bundle
 from tensorserve.bundle.json_fields import JsonFields
 from tensorserve.bundle.manifest import MANIFEST, SIGNATURE
 from tensorserve.bundle.signature_envelope import Envelope
@@ -145,6 +146,8 @@ def signed_files(statement: bytes) -> dict[str, str]:
         name = resource.text("name")
         if resource.text("algorithm") != "sha256" or name in files:
             raise ValueError("it names a file twice, or not by its SHA-256")
+        if leaves_bundle(name):
+            raise ValueError(f"it names a file outside the bundle: {name[:80]!r}")
         files[name] = resource.digest("digest")
     subjects = document.items("subject")
     if len(subjects) != 1:

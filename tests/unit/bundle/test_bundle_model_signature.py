@@ -158,6 +158,7 @@ STATEMENTS: dict[str, Changed] = {
     "of another hash": lambda s: s["predicate"]["serialization"].update(hash_type="blake3"),
     "a file by another hash": lambda s: s["predicate"]["resources"][0].update(algorithm="blake3"),
     "a file twice": lambda s: s["predicate"]["resources"].append(s["predicate"]["resources"][0]),
+    "a file outside": lambda s: s["predicate"]["resources"][0].update(name="../b"),
     "a file less": lambda s: s["predicate"]["resources"].pop(),
     "another order": lambda s: s["predicate"]["resources"].reverse(),
     "no subject": lambda s: s.update(subject=[]),
