@@ -131,6 +131,11 @@ machine's), `GOOGLE_CLOUD_QUOTA_PROJECT`, `STORAGE_EMULATOR_HOST`; `AZURE_STORAG
 {azure_secrets} (each also as `_FILE`) and what azure-identity reads; `HF_TOKEN` or
 `HF_TOKEN_FILE`, `HF_ENDPOINT`: [clouds.md](clouds.md).
 
+## Signatures
+
+`TENSORSERVE_SIGNATURE_KEY_FILE` or `TENSORSERVE_SIGNATURE_CERTIFICATES_FILE`: only a bundle that
+was signed is served ([signatures.md](signatures.md)).
+
 ## Keys by reference
 
 `TENSORSERVE_KEY_URI` and the services behind it: [keys.md](keys.md). For Vault and OpenBao

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def _parser() -> _Parser:
     plan.add_argument("--json", action="store_true", help="for programs")
     commands.add_parser("check", help="try everything that a start needs, and start nothing")
 
-    from tensorserve.packing.options import add_pack_options
+    from tensorserve.packing.options import add_pack_options, add_sign_options
 
     add_pack_options(
         commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
@@ -149,9 +150,11 @@ def _parser() -> _Parser:
     verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
     verify.add_argument("uri", metavar="URI")
     sign = commands.add_parser(
-        "sign", help="verify a whole bundle and write a manifest for it, authenticated by its key"
+        "sign",
+        help="verify a whole bundle; write a manifest that its key authenticates, or a signature",
     )
     sign.add_argument("uri", metavar="URI", help="directory, s3://, gs:// or az://")
+    add_sign_options(sign)
 
     rewrap = commands.add_parser(
         "rewrap", help="wrap a bundle's key for other recipients; the weights stay as they are"
@@ -165,6 +168,7 @@ def _parser() -> _Parser:
             default=[],
             help=f"{does}; may be repeated",
         )
+    add_sign_options(rewrap)
 
     precompile = commands.add_parser(
         "precompile",
@@ -373,14 +377,20 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.bundle.location import split_model_uri
+    from tensorserve.bundle.model_signature import read_signature
     from tensorserve.bundle.verify import verify
     from tensorserve.config.access import access_for, compiled_key_for, key_for
+    from tensorserve.config.signature import trust_for
     from tensorserve.crypto.ed25519 import VerifyingKey
 
     uri = _uri(options.uri, "URI")
     settings = _settings_with_key(environ, uri)
     access, key = access_for(settings), key_for(settings)
     signer = settings.compiled_signature_key
+    trust, signature = trust_for(settings), None
+    if trust is not None:
+        signature = read_signature(split_model_uri(uri)[0], access, trust)
     with _ByteBar("verifying") as bar:
         verify(
             uri,
@@ -392,17 +402,24 @@ def _verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             pin=settings.manifest_sha256,
             compiled_key=compiled_key_for(settings, encrypted=key is not None),
             compiled_signature_key=None if signer is None else VerifyingKey.parse(signer),
+            signature=signature,
         )
     return 0
 
 
 def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.bundle.location import split_model_uri
     from tensorserve.config.access import access_for, key_for
+    from tensorserve.config.unwrapping import with_key
+    from tensorserve.packing.options import signer_of
     from tensorserve.packing.sign import sign
 
     _stop_cleanly()
     uri = _uri(options.uri, "URI")
-    settings = _settings_with_key(environ, uri)
+    signer = signer_of(options)
+    # It may not be signed yet.
+    given = replace(_settings(environ), signature_key=None, signature_certificates=None)
+    settings = with_key(given, split_model_uri(uri)[0], _note)
     access, key = access_for(settings), key_for(settings)
     with _ByteBar("verifying") as bar:
         signed = sign(
@@ -413,6 +430,7 @@ def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             bar,
             wish=settings.verify,
             pin=settings.manifest_sha256,
+            signer=signer,
         )
     print(signed)
     return 0
@@ -420,11 +438,14 @@ def _sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _rewrap(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.config.access import access_for, key_for, services_for
+    from tensorserve.config.signature import trust_for
     from tensorserve.config.unwrapping import with_key
+    from tensorserve.packing.options import signer_of
     from tensorserve.packing.rewrap import rewrap
 
     _stop_cleanly()
     uri = _uri(options.uri, "URI")
+    signer = signer_of(options)
     given = _settings(environ)
     settings = with_key(given, uri, _note)
     done = rewrap(
@@ -435,6 +456,8 @@ def _rewrap(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         add=options.add,
         remove=options.remove,
         pin=settings.manifest_sha256,
+        signer=signer,
+        trust=trust_for(settings),
     )
     print(done)
     return 0

@@ -48,6 +48,12 @@ class WrongKeyError(CorruptError):
     reason = "wrong_key"
 
 
+class SignatureError(CorruptError):
+    """A bundle is not signed, not by an accepted signer, or is not what was signed (EX_DATAERR)."""
+
+    reason = "signature"
+
+
 class SourceUnavailableError(TensorserveError):
     """The source could not be reached or read, retries included (EX_UNAVAILABLE)."""
 

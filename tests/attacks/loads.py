@@ -8,6 +8,7 @@ from tensorserve.bundle.tensors_file import open_tensors
 from tensorserve.config.access import access_for, key_for
 from tensorserve.config.launch_plan import make_plan
 from tensorserve.config.settings import Settings
+from tensorserve.config.unwrapping import with_key
 from tensorserve.engine.checked_load import checked_as
 from tensorserve.launch.preflight import check_packed_draft, check_weights
 from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
@@ -17,6 +18,7 @@ def load(environ: dict[str, str], rank: int = 0, *, draft: bool = False) -> dict
     """All tensors of the file of `rank`, or of the bundle's draft. Raises what ends a start."""
     settings = Settings.from_environment(environ)
     plan = make_plan(settings)
+    settings = with_key(settings, plan.bundle_uri)
     weights = check_weights(settings, plan)
     if draft:
         weights = check_packed_draft(settings, plan, plan.model_dir, weights)

@@ -1,4 +1,4 @@
-"""Keys by reference with the real commands: pack, check, verify, rewrap; and docs/keys.md."""
+"""Keys by reference and signatures with the real commands, and the pages about them."""
 
 from __future__ import annotations
 
@@ -140,6 +140,19 @@ def blocks() -> dict[str, str]:
 def test_the_page_has_a_block_for_each_kind() -> None:
     """Which the tests below run."""
     assert list(blocks()) == ["A wrapping key in a file", "age", "Vault and OpenBao", "AWS KMS"]
+
+
+def test_the_page_on_signatures(work: Path) -> None:
+    """As it stands, but for pip: the last line needs nothing of ours."""
+    page = (ROOT / "docs" / "signatures.md").read_text()
+    found = re.search(r"```bash\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    lines = found[1].splitlines()
+    ours = [line for line in lines if not line.startswith("pip install")]
+    assert len(lines) - len(ours) == 1
+    said = run(work, ["bash", "-euo", "pipefail", "-c", "\n".join(ours)], {})
+    assert re.search(r"^ok +model\.sig +signed by key [0-9a-f]{64}$", said, re.MULTILINE)
+    assert said.rstrip().endswith("Verification succeeded")
 
 
 def bash(work: Path, block: str, environ: dict[str, str]) -> None:

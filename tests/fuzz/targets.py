@@ -11,6 +11,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tensorserve.bounded_json import read_json
@@ -19,14 +20,17 @@ from tensorserve.bundle.engine_fingerprint import MOST_RANKS
 from tensorserve.bundle.file_names import leaves_bundle
 from tensorserve.bundle.location import served_name_of, split_model_uri
 from tensorserve.bundle.manifest import parse_manifest
+from tensorserve.bundle.model_signature import parse_signature, signed_files
+from tensorserve.bundle.signature_envelope import Envelope
+from tensorserve.bundle.signature_trust import SignedBy, TrustedCertificates
 from tensorserve.bundle.wrapped_keys import MOST_RECIPIENTS
 from tensorserve.config.launch_plan import describe, make_plan
 from tensorserve.config.settings import Settings
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
+from tensorserve.errors import ConfigurationError, CorruptError, SignatureError, TensorserveError
 from tensorserve.format.safetensors import read_safetensors
 from tensorserve.launch.codec import decode, encode
 from tensorserve.launch.context import Start
-from tensorserve.secret import redact_uri
+from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import join
 from tensorserve.sources.curl import Callback, Job, curl
 from tensorserve.sources.curl_transport import received_headers
@@ -177,6 +181,35 @@ def name(data: bytes) -> str:
     return "accepted"
 
 
+class _Anybody:
+    """Accepts every signature, so that what was signed is looked at, and then what it has to say
+    of who signed."""
+
+    origin = "the fuzzer"
+
+    def signer(self, envelope: Envelope) -> SignedBy:
+        root = Secret((Path(__file__).parent / "seeds/signature/root.pem").read_bytes(), "root")
+        with suppress(ValueError):
+            TrustedCertificates.parse(root).signer(envelope)
+        return SignedBy("key", "0" * 64)
+
+
+def signature(data: bytes) -> str:
+    """model.sig, whole, or the statement in it."""
+    try:
+        if data.startswith(b'{"_type"'):
+            files = signed_files(data)
+        else:
+            files = dict(parse_signature(data, "fuzzed", _Anybody()).files)
+    except SignatureError as error:
+        return _refused(error)
+    except ValueError:
+        return "refused"
+    assert not any(leaves_bundle(name) for name in files)
+    assert all(len(digest) == 64 for digest in files.values())
+    return "accepted"
+
+
 def answer(data: bytes) -> str:
     """A response's header: what fetch.c takes without Python, Python has to take as well."""
     found = curl()
@@ -259,5 +292,6 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "uri": uri,
     "settings": settings,
     "name": name,
+    "signature": signature,
     "answer": answer,
 }

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from tensorserve import sources
 from tensorserve.bundle.compiled import FOLDER as COMPILED
 from tensorserve.bundle.file_names import leaves_bundle
-from tensorserve.bundle.manifest import MANIFEST, Manifest
+from tensorserve.bundle.manifest import MANIFEST, SIGNATURE, Manifest
 from tensorserve.bundle.not_a_bundle import refuse_web_page
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.secret import redact_uri
@@ -75,7 +75,7 @@ def artifact_names(
         name: size
         for name, size in sorted(listed.items())
         if (not name.endswith(WEIGHT_SUFFIXES) or _is_stand_in(name, manifest))
-        and name != MANIFEST
+        and name not in {MANIFEST, SIGNATURE}
         and not name.startswith(f"{COMPILED}/")
         and not any(part.startswith(".") for part in PurePosixPath(name).parts)
         and (remote_code or not name.endswith(".py"))

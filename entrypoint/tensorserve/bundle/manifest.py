@@ -33,6 +33,8 @@ from tensorserve.format import FileIndex, PasswordHash
 from tensorserve.sources import Access, ForbiddenError, NotFoundError
 
 MANIFEST = "manifest.json"
+# Its name by default in OpenSSF's model signing (bundle/model_signature.py).
+SIGNATURE = "model.sig"
 SINGLE, SHARDS = "model.tensors", "model-rank-%03d.tensors"
 FORMAT = "tensorserve-bundle"
 VERSION = 2

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tensorserve import sources
 from tensorserve.bundle.compiled import SealedCache, fingerprint_in
 from tensorserve.bundle.download import KNOWN_NAMES, STAND_IN_SUFFIX
 from tensorserve.bundle.engine_fingerprint import MOST_RANKS
+from tensorserve.bundle.file_result import DAMAGED, OK, UNCHECKED, FileResult
 from tensorserve.bundle.keys import ModelKey
 from tensorserve.bundle.layout import is_rank_layout, loadable
 from tensorserve.bundle.location import SHARD_PATTERN, shard_name, split_model_uri
 from tensorserve.bundle.manifest import (
     MANIFEST,
+    SIGNATURE,
     FileEntry,
     Manifest,
     TensorsEntry,
     check_index,
     manifest_line,
 )
+from tensorserve.bundle.model_signature import ModelSignature
 from tensorserve.bundle.tensors_file import open_manifest, open_tensors
 from tensorserve.bundle.trust import AUTO, DIGESTS, TAGS, verification_of
+from tensorserve.bundle.verify_signed import compare_signed
 from tensorserve.bundle.verify_tensors import Progress, check_contents
 from tensorserve.crypto.ed25519 import VerifyingKey
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
-from tensorserve.format import TensorHeader
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, ForbiddenError, NotFoundError, Source
 
@@ -42,29 +45,6 @@ _STEP = 8 * 1024**2
 _MAX_NAMED = 5
 # Suffixes of files that vLLM and transformers read beside the weights, in addition to KNOWN_NAMES.
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken")
-
-OK, DAMAGED, UNCHECKED = "ok", "DAMAGED", "unchecked"
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """One file: OK, DAMAGED, or UNCHECKED if nothing authenticates it."""
-
-    name: str
-    state: str
-    detail: str
-    tensors: tuple[str, ...] = ()
-    """Every damaged tensor and why, for the terminal; `detail` names the first few."""
-    entry: FileEntry | TensorsEntry | None = field(default=None, repr=False)
-    """The file's manifest entry, if it is intact."""
-    sealed: TensorHeader | None = field(default=None, repr=False)
-    """One of its encrypted tensors' headers, with the cipher's parameters; None if it is plain."""
-    for_rank: bool = False
-    """Whether it holds one rank's parameters; only a manifest can say for which engine."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.state:9}  {self.name}  {self.detail}"]
-        return "\n".join(lines + [f"{'':11}{tensor}" for tensor in self.tensors])
 
 
 @dataclass(frozen=True)
@@ -86,13 +66,15 @@ def verify(
     pin: str | None = None,
     compiled_key: ModelKey | None = None,
     compiled_signature_key: VerifyingKey | None = None,
+    signature: ModelSignature | None = None,
 ) -> Verified:
     """Reads the bundle (or the single .tensors file) at `uri` and checks it completely.
 
     Calls `on_line` with each file's result as soon as it is known: one line, followed by one line
     for each of several damaged tensors. `wish` and `pin` are TENSORSERVE_VERIFY and
     TENSORSERVE_MANIFEST_SHA256. `compiled_key` authenticates sealed compiled code; None: `key`
-    does. Needs up to 8 buffers of 8 MiB.
+    does. With a `signature`, each file is compared with it as well, which reads large files twice.
+    Needs up to 9 buffers of 8 MiB.
 
     Raises CorruptError at the end if anything is damaged or missing. Raises at once: WrongKeyError,
     CorruptError for the manifest (invalid, or not authenticated although `wish` requires it),
@@ -107,11 +89,14 @@ def verify(
         bundle, access, key, manifest, wish, progress, compiled_key or key, compiled_signature_key
     )
     results: list[FileResult] = []
-    for result in check.all(single, candidates):
+    found: Iterable[FileResult] = check.all(single, candidates)
+    if signature is not None:
+        found = compare_signed(found, signature, bundle, access, progress, whole=single is None)
+    for result in found:
         results.append(result)
         on_line(str(result))
     damaged = [result for result in results if result.state == DAMAGED]
-    count = sum(result.name != MANIFEST for result in results)
+    count = sum(result.name not in {MANIFEST, SIGNATURE} for result in results)
     if damaged:
         raise CorruptError(
             f"{redact_uri(uri)}: {len(damaged)} of {count} files are damaged: "
@@ -159,6 +144,9 @@ class _Check:
         for name in sorted(set(listing or ()) - {*entries, *tensors, MANIFEST}):
             if (fingerprint := fingerprint_in(name)) is not None:
                 yield _check_compiled(self, name, fingerprint)
+                continue
+            if name == SIGNATURE:
+                yield FileResult(name, UNCHECKED, "no key was given to compare the signature with")
                 continue
             why = f"not in {MANIFEST}" if manifest else f"the bundle has no {MANIFEST}"
             yield FileResult(name, UNCHECKED, why)

@@ -15,6 +15,7 @@ from tensorserve.config.compile_caches import cache_root, cache_variables
 from tensorserve.config.draft_model import Draft
 from tensorserve.config.health_url import health_url
 from tensorserve.config.settings import Settings
+from tensorserve.config.signature import trust_for
 from tensorserve.config.variables import parse_host
 from tensorserve.config.vllm_arguments import Argument, Arguments, parse_arguments
 from tensorserve.config.vllm_options import VllmOptions, options_of
@@ -236,6 +237,7 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
         ],
         "model_directory": str(plan.model_dir),
         "key": _shown_key(settings),
+        **_shown_trust(settings),
         **_shown_draft(plan.options.draft),
         "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(
@@ -269,6 +271,12 @@ def _shown_key(settings: Settings) -> str:
         return "none, unless the manifest has one wrapped for a service that is set up here"
     reference = Reference.parse(settings.key_uri, "TENSORSERVE_KEY_URI")
     return f"the manifest's, unwrapped by {shown(reference, services_for(settings))}"
+
+
+def _shown_trust(settings: Settings) -> dict[str, object]:
+    """Who has to have signed the bundle."""
+    trust = trust_for(settings)
+    return {} if trust is None else {"signature": f"required, of {trust.shown}"}
 
 
 def _has_azure_secret(settings: Settings) -> bool:

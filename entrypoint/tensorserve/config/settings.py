@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from tensorserve.bundle.signature_trust import SignedBy
 from tensorserve.config import vllm_flags
 from tensorserve.config.environment import FLAG_ALIASES, child_environment
 from tensorserve.config.tidying import PREFIXES, has_controls, stripped, tidied
@@ -63,6 +64,8 @@ _BYTES = frozenset(
         "TENSORSERVE_PASSPHRASE",
         "TENSORSERVE_COMPILED_KEY",
         "TENSORSERVE_COMPILED_SIGNATURE_KEY",
+        "TENSORSERVE_SIGNATURE_KEY",
+        "TENSORSERVE_SIGNATURE_CERTIFICATES",
     }
 )
 _RAW_KEYS = frozenset({"TENSORSERVE_KEY", "TENSORSERVE_COMPILED_KEY"})
@@ -82,6 +85,8 @@ _GUARDS = {
     "TENSORSERVE_KEY_URI": "a model that is not encrypted is served",
     "TENSORSERVE_KEY_FINGERPRINT": "any key is accepted",
     "TENSORSERVE_MANIFEST_SHA256": "any bundle is served",
+    "TENSORSERVE_SIGNATURE_KEY": "the bundle needs no signature",
+    "TENSORSERVE_SIGNATURE_CERTIFICATES": "the bundle needs no signature",
     "TENSORSERVE_VERIFY": "auto decides",
     "TENSORSERVE_COMPILED_KEY": "the model's key opens compiled code",
     "TENSORSERVE_COMPILED_SIGNATURE_KEY": "compiled code needs no signature",
@@ -113,6 +118,10 @@ class SourceSettings:
     """Seconds."""
     verify: str
     manifest_sha256: str | None
+    signature_key: Secret | None
+    """PEM."""
+    signature_certificates: Secret | None
+    """PEM."""
     allowed_hosts: tuple[str, ...]
     compiled_key: Secret | None
     """32 bytes."""
@@ -125,6 +134,8 @@ class SourceSettings:
     vault: VaultAccess
     warnings: tuple[str, ...] = field(compare=False)
     """Settings that were possibly not intended, to be printed."""
+    signed_by: SignedBy | None = field(default=None, kw_only=True)
+    """Who signed the bundle, once that is known (config/signature.py)."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> SourceSettings:
@@ -292,6 +303,7 @@ class _Reader:
                 values[name] = self._parsed_key(values[name], f"TENSORSERVE_{name.upper()}")
         if values.get("compiled_signature_key") is not None:
             self._check_public_key(values["compiled_signature_key"])
+        self._check_trust(values)
 
     def _settle_deadlines(self, values: dict[str, Any]) -> None:
         """A start must be able to wait for its source; the one that is not given follows."""
@@ -449,6 +461,26 @@ class _Reader:
             VerifyingKey.parse(key)
         except ConfigurationError as error:
             self.problems.append(str(error))
+
+    def _check_trust(self, values: dict[str, Any]) -> None:
+        from tensorserve.bundle.signature_trust import TrustedCertificates, TrustedKeys
+
+        kinds: dict[str, type[TrustedKeys | TrustedCertificates]] = {
+            "signature_key": TrustedKeys,
+            "signature_certificates": TrustedCertificates,
+        }
+        given = {name: values[name] for name in kinds if values[name] is not None}
+        if len(given) > 1:
+            self._problem(
+                "Both TENSORSERVE_SIGNATURE_KEY and TENSORSERVE_SIGNATURE_CERTIFICATES are set: a "
+                "bundle has one signature.",
+                "Set one of them. The first may hold several keys.",
+            )
+        for name, secret in given.items():
+            try:
+                kinds[name].parse(secret)
+            except ConfigurationError as error:
+                self.problems.append(str(error))
 
     def _parsed_key(self, key: Secret, name: str) -> Secret | None:
         from tensorserve.bundle.keys import parse_key

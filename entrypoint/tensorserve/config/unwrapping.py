@@ -15,6 +15,7 @@ from tensorserve.bundle.manifest import MANIFEST, Manifest, read_manifest
 from tensorserve.bundle.wrapped_keys import WrappedKeys
 from tensorserve.config.access import access_for, services_for
 from tensorserve.config.settings import SourceSettings
+from tensorserve.config.signature import with_signature
 from tensorserve.errors import ConfigurationError, CorruptError, WrongKeyError
 from tensorserve.secret import redact_uri
 from tensorserve.sources import join
@@ -29,12 +30,14 @@ def with_key(
 ) -> Given:
     """`settings` with the key of the bundle at `bundle_uri`, if it is by reference.
 
+    Where the settings ask for a signature, it is checked first, before any service is asked.
     Without a key, a passphrase and a reference, the manifest may name a service that is set up
     here; else the settings are given back as they are. `say` is called when a service has to be
     waited for. Raises WrongKeyError where the key is not wrapped for this reference or has another
     fingerprint, CorruptError where the manifest has no wrapped keys, ConfigurationError, and the
-    providers' and the sources' errors.
+    signature's, the providers' and the sources' errors.
     """
+    settings = with_signature(settings, bundle_uri)
     if settings.key is not None:
         _check_fingerprint(settings, settings.key.reveal(), settings.key.origin)
         return settings

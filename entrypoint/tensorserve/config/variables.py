@@ -436,6 +436,18 @@ VARIABLES: tuple[Variable, ...] = (
         "64 hex digits", shown_default="any bundle of the key's owner",
     ),
     Variable(
+        "TENSORSERVE_SIGNATURE_KEY", "signature_key", _text, None,
+        "The public half of `pack --sign-key` and `sign --sign-key`, or several of them: a bundle "
+        "without a signature (`model.sig`) of one, or whose `manifest.json` is not what was "
+        "signed, is refused (65) before a key is asked for (docs/signatures.md).",
+        "EC public keys in PEM", secret=True, shown_default="none: no signature is needed",
+    ),
+    Variable(
+        "TENSORSERVE_SIGNATURE_CERTIFICATES", "signature_certificates", _text, None,
+        "The same for signers with certificates: those of the authorities above them.",
+        "certificates in PEM", secret=True, shown_default="none: no signature is needed",
+    ),
+    Variable(
         "TENSORSERVE_LOADER", "loader", _choice("auto", "reference"), "auto",
         "Who makes tensors of what is read: `auto` is our own loader; `reference` is tensorizer's "
         "own reader over the same sources and checks. It is slower, and tells whether our loader "

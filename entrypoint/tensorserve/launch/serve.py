@@ -38,6 +38,7 @@ from tensorserve.telemetry.schema import (
     CheckPassed,
     EngineProcessStarted,
     PhaseChanged,
+    SignatureKnown,
     StartFailed,
     VerificationKnown,
 )
@@ -80,6 +81,8 @@ def _prepare(start: Start, log: EventLog) -> Program:
     )
     settings, weights = checked.settings, checked.weights
     log.emit(VerificationKnown(weights.verification))
+    if settings.signed_by is not None:
+        log.emit(SignatureKnown(settings.signed_by.kind, settings.signed_by.fingerprint))
     _warn(weights.warning)
     log.emit(PhaseChanged(Phase.PREFLIGHT, Edge.END))
     # The same for all processes of the start, however much memory is left later.

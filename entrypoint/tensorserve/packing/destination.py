@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
-from tensorserve.bundle.manifest import MANIFEST, read_manifest
+from tensorserve.bundle.manifest import MANIFEST, SIGNATURE, read_manifest
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
 from tensorserve.format.writer import Output
 from tensorserve.packing.disk_files import DiskFile, explained, reserve, sync_directory
@@ -211,7 +211,8 @@ class _Directory(Destination):
                 )
             present = {child.name for child in self._path.iterdir()}
             if _refuse_present(str(path), present, overwrite=overwrite):
-                self._stale = _names_of_old(str(self._path), access)
+                # A signature is of the bundle that is replaced.
+                self._stale = _names_of_old(str(self._path), access) | {SIGNATURE} & present
         parent = self._path if self._exists else self._path.parent
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
@@ -271,7 +272,7 @@ class _Prefix(Destination):
         direct = {name for name in self._present if "/" not in name}
         self._stale: set[str] = set()
         if _refuse_present(uri, direct, overwrite=overwrite):
-            self._stale = _names_of_old(uri, access)
+            self._stale = _names_of_old(uri, access) | {SIGNATURE} & direct
         self._store = _store(uri, access)
         self._uploads: dict[str, PartUpload] = {}
         self._visible: list[str] = []

@@ -72,15 +72,18 @@ def _make_key(path: Path) -> bytes | None:
     return key
 
 
-def read_secret(path: Path) -> bytes:
-    """The content of a small file with a secret. Raises ConfigurationError if it cannot be read."""
+def read_secret(path: Path, most: int = _MAX_KEY_FILE) -> bytes:
+    """The content of a small file with a secret, of at most `most` bytes.
+
+    Raises ConfigurationError if it cannot be read or is larger.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_KEY_FILE + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise ConfigurationError(f"{path} could not be read: {error.strerror}.") from error
-    if len(data) > _MAX_KEY_FILE:
+    if len(data) > most:
         raise ConfigurationError(
-            f"{path} has more than {_MAX_KEY_FILE} bytes: it is neither a key nor a passphrase."
+            f"{path} has more than {most} bytes: it is not what it is given for."
         )
     return data

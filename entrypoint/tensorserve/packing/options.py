@@ -11,6 +11,7 @@ from tensorserve.errors import UsageError
 
 if TYPE_CHECKING:
     # Every command imports this file; only `pack` needs these modules.
+    from tensorserve.packing.model_signer import ModelSigner
     from tensorserve.packing.pack import Progress
     from tensorserve.packing.pack_result import PackResult
     from tensorserve.sources import Access
@@ -44,6 +45,7 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
         "vault:MOUNT/KEY or awskms:KEY (docs/keys.md); may be repeated. Without --key-file the key "
         "is new and nowhere else",
     )
+    add_sign_options(pack)
     pack.add_argument(
         "--suffix", help="version of the model: the bundle goes to DEST/vllm/<name of SRC>/SUFFIX"
     )
@@ -97,6 +99,33 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
     pack.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
 
+def add_sign_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options with which `pack`, `sign` and `rewrap` sign a bundle."""
+    parser.add_argument(
+        "--sign-key",
+        metavar="PEM",
+        help="sign the bundle with this EC private key, a file or pkcs11:…: model.sig, as "
+        "OpenSSF's model_signing makes and verifies it (docs/signatures.md)",
+    )
+    parser.add_argument(
+        "--sign-certificates",
+        metavar="PEM",
+        type=Path,
+        help="the key's certificate, then those above it, to go into the signature",
+    )
+
+
+def signer_of(options: argparse.Namespace) -> ModelSigner | None:
+    """Who is to sign. Raises UsageError, and ConfigurationError for files that do not fit."""
+    if options.sign_key is None:
+        if options.sign_certificates is not None:
+            raise UsageError("--sign-certificates without --sign-key.", hint="Add --sign-key.")
+        return None
+    from tensorserve.packing.model_signer import ModelSigner
+
+    return ModelSigner.read(options.sign_key, options.sign_certificates)
+
+
 def pack_as_asked(
     options: argparse.Namespace, access: Access, progress: Progress, services: Services
 ) -> PackResult:
@@ -139,6 +168,7 @@ def pack_as_asked(
             hint="Leave --tensor-parallel-size out (a bundle of layout hf serves any size), or use "
             "--layout vllm.",
         )
+    signer = signer_of(options)
     source, name = model_directory(options.source, code=options.trust_remote_code)
     destination = options.destination
     if options.suffix is not None:
@@ -160,6 +190,7 @@ def pack_as_asked(
         key=key,
         passphrase=passphrase,
         recipients=recipients,
+        signer=signer,
         access=access,
         adapters=adapters,
         draft=draft,

@@ -22,6 +22,7 @@ from tensorserve.bundle.keys import GivenKey, ModelKey, parse_key, parse_passphr
 from tensorserve.bundle.manifest import (
     CIPHER,
     MANIFEST,
+    SIGNATURE,
     SINGLE,
     Encryption,
     FileEntry,
@@ -46,6 +47,7 @@ from tensorserve.packing.checkpoint import Checkpoint, read_checkpoint
 from tensorserve.packing.destination import Destination, open_destination
 from tensorserve.packing.draft_checkpoint import refuse_drafts_alone
 from tensorserve.packing.dtype_conversion import Casting
+from tensorserve.packing.model_signer import HashedOutput, ModelSigner
 from tensorserve.packing.nested_checkpoint import read_nested
 from tensorserve.packing.pack_result import PackResult
 from tensorserve.packing.rank_parameters import engine_parameters
@@ -73,6 +75,7 @@ def pack(
     key: Secret | None = None,
     passphrase: Secret | None = None,
     recipients: Sequence[Provider] = (),
+    signer: ModelSigner | None = None,
     adapters: Mapping[str, Checkpoint] | None = None,
     draft: tuple[str, Checkpoint] | None = None,
     dtype: str | None = None,
@@ -88,7 +91,8 @@ def pack(
     `dest` is a directory or s3://, gs:// or az://; `overwrite` allows it to hold a bundle, which is
     replaced. With a key or a passphrase (not both) all tensors are encrypted, also those of
     `adapters` (packing/lora.py) and of the `draft` model (packing/draft_checkpoint.py). `key` is
-    wrapped for each of `recipients`, which are asked before anything is written.
+    wrapped for each of `recipients`, which are asked before anything is written. `signer` signs all
+    files of the bundle.
     `trust_remote_code` includes the model's Python files. `dtype` converts its floating-point
     tensors (packing/dtype_conversion.py). `threads` is the most threads that encrypt.
 
@@ -170,8 +174,9 @@ def pack(
             count = _Count(sum(file.plan.index.data_bytes for file in files), progress)
             # The largest files are the likeliest to fail, so they come first. The manifest, which
             # makes the directory a bundle, comes last.
+            signed: dict[str, str] | None = None if signer is None else {}
             tensors = {
-                file.name: _write_tensors(destination, file, opened_by, count, threads)
+                file.name: _write_tensors(destination, file, opened_by, count, threads, signed)
                 for file in files
             }
         small = tuple(
@@ -193,6 +198,10 @@ def pack(
             parameters=parameters,
             wrapped_keys=wrapped,
         ).to_json(opened_by, derivation)
+        if signer is not None and signed is not None:
+            signed |= {entry.name: entry.sha256 for entry in small}
+            signed[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+            _write(destination, SIGNATURE, signer.sign(signed, dest))
         written = _write(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
@@ -221,6 +230,7 @@ def pack(
         recipients=() if wrapped is None else tuple(map(str, wrapped.recipients)),
         key_fingerprint=None if wrapped is None else wrapped.fingerprint,
         manifest_sha256=written.sha256,
+        signed_by=None if signer is None else str(signer.by),
         seconds=time.monotonic() - started,
         code={entry.name: entry.sha256 for entry in small if entry.name.endswith(".py")},
         notes=notes,
@@ -301,18 +311,27 @@ def _weights(folder: str) -> str:
 
 
 def _write_tensors(
-    destination: Destination, file: _File, key: FileKey | None, count: _Count, threads: int | None
+    destination: Destination,
+    file: _File,
+    key: FileKey | None,
+    count: _Count,
+    threads: int | None,
+    signed: dict[str, str] | None,
 ) -> TensorsEntry:
+    """Writes one file; where `signed` is given, the file's SHA-256 is put into it."""
     index = file.plan.index
     with file.source.reading() as read, destination.create(file.name, index.size) as out:
+        hashed = None if signed is None else HashedOutput(out)
         written = write_file(
-            out,
+            hashed or out,
             file.plan,
             lambda record, start, view: read(record.name, start, view),
             key=key,
             on_bytes=count,
             threads=threads,
         )
+    if signed is not None and hashed is not None:
+        signed[file.name] = hashed.sha256()
     return TensorsEntry(
         size=index.size,
         tensors=len(index.tensors),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tensorserve.bundle.manifest import KEY, MANIFEST, manifest_line
+from tensorserve.bundle.manifest import KEY, MANIFEST, SIGNATURE, manifest_line
 from tensorserve.packing.small_files import describe_left_out
 
 
@@ -29,6 +29,7 @@ class PackResult:
     recipients: tuple[str, ...] = ()
     """For whom the key is wrapped."""
     key_fingerprint: str | None = None
+    signed_by: str | None = None
 
     def __str__(self) -> str:
         sealed = f"encrypted, key from {self.key_origin}" if self.key_origin else "NOT ENCRYPTED"
@@ -52,5 +53,7 @@ class PackResult:
             lines.append(f"  key fingerprint: {self.key_fingerprint}")
         authenticated_by = KEY if self.key_origin else None
         lines.append(f"  {MANIFEST}: {manifest_line(self.manifest_sha256, authenticated_by)}")
+        if self.signed_by is not None:
+            lines.append(f"  {SIGNATURE}: signed by {self.signed_by}")
         lines.append(f"  in {self.seconds:.1f} s")
         return "\n".join(lines)

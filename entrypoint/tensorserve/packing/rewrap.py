@@ -1,13 +1,15 @@
 """How does `tensorserve rewrap URI` change who can unwrap a bundle's key?
 
 Only manifest.json is written, in one step, and only if it is still the one that was read. The
-weights, the other files and compiled code stay as they are.
+weights, the other files and compiled code stay as they are. Recipients are a part of what a
+signature covers: a signed bundle is signed again, from what its signature says of the other files.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tensorserve import sources
@@ -16,16 +18,22 @@ from tensorserve.bundle.manifest import (
     KEY,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    SIGNATURE,
     manifest_line,
     parse_manifest,
     rewrapped,
     wrapping_parameters,
 )
+from tensorserve.bundle.model_signature import read_signature
+from tensorserve.bundle.signature_trust import Trust
+from tensorserve.bundle.signed_bundle import check_manifest
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.packing.destination import refuse_unwritable, replace_version, version_of
+from tensorserve.packing.model_signer import ModelSigner
 from tensorserve.packing.recipients import without, wrapped_for
+from tensorserve.packing.sign import refuse_signed
 from tensorserve.secret import Secret, redact_uri
-from tensorserve.sources import Access
+from tensorserve.sources import Access, NotFoundError
 from tensorserve.wrapping.base import Services
 from tensorserve.wrapping.providers import for_wrapping
 
@@ -39,6 +47,7 @@ class Rewrapped:
     removed: tuple[str, ...]
     fingerprint: str
     sha256: str  # of manifest.json
+    signed_by: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.bundle}: the key is wrapped for {', '.join(self.recipients)}"]
@@ -49,6 +58,8 @@ class Rewrapped:
             )
         lines.append(f"  key fingerprint: {self.fingerprint}")
         lines.append(f"  {MANIFEST}: {manifest_line(self.sha256, KEY)}")
+        if self.signed_by is not None:
+            lines.append(f"  {SIGNATURE}: signed by {self.signed_by}")
         return "\n".join(lines)
 
 
@@ -61,12 +72,17 @@ def rewrap(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     pin: str | None = None,
+    signer: ModelSigner | None = None,
+    trust: Trust | None = None,
 ) -> Rewrapped:
     """Wraps the `key` of the bundle at `uri` for `add`, and takes `remove` out of its manifest.
 
-    Raises UsageError for a single file, a `remove` that is no recipient, and where nobody would be
-    left;
-    ConfigurationError without a key, for a passphrase and for a manifest without a MAC;
+    A signed bundle needs a `signer`: it signs what the signature that is there covers, which has
+    to be of one whom `trust` accepts (None: of the signer himself), with the new manifest.
+
+    Raises SignatureError where that signature does not hold; UsageError for a single file, a
+    `remove` that is no recipient, and where nobody would be left; ConfigurationError without a key,
+    for a passphrase, for a manifest without a MAC, and for a signed bundle without a signer;
     CorruptError where the manifest is not this key's or was replaced meanwhile; and the providers'
     and the sources' errors.
     """
@@ -84,10 +100,22 @@ def rewrap(
             + ("." if key is None else "; a passphrase cannot be wrapped."),
             hint="Set TENSORSERVE_KEY_FILE, or TENSORSERVE_KEY_URI as one of its recipients.",
         )
+    signed: dict[str, str] = {}
+    signed_version = ""
+    if signer is None:
+        refuse_signed(uri, access, "`rewrap`")
+    else:
+        with suppress(NotFoundError):  # said better below
+            signed_version = version_of(uri, SIGNATURE, access)
+        signature = read_signature(uri, access, trust or signer.trust)
+        check_manifest(signature, uri, access)
+        signed = dict(signature.files)
     # Before it is read: what is written replaces this version or nothing.
     version = version_of(uri, MANIFEST, access)
     data, name = _read(uri, access)
     manifest = parse_manifest(data, name, key, pin=pin)
+    if signer is not None and manifest.sha256 != signed[MANIFEST]:
+        raise CorruptError(f"{name} was replaced while `rewrap` worked.", hint="Run it again.")
     parameters = wrapping_parameters(manifest, name)
     if parameters.derivation is not None:
         raise ConfigurationError(
@@ -104,14 +132,19 @@ def rewrap(
     secret = Secret(key.reveal(), key.origin)
     wrapped = wrapped_for(providers, secret, parameters.salt, left)
     made = rewrapped(data, name, key, wrapped)
+    sha256 = hashlib.sha256(made).hexdigest()
     replace_version(uri, MANIFEST, made, access, version)
+    if signer is not None:
+        again = signer.sign(signed | {MANIFEST: sha256}, uri)
+        replace_version(uri, SIGNATURE, again, access, signed_version)
     now = tuple(map(str, wrapped.recipients))
     return Rewrapped(
         bundle=redact_uri(uri),
         recipients=now,
         removed=tuple(str(entry) for entry in before if str(entry) not in now),
         fingerprint=wrapped.fingerprint,
-        sha256=hashlib.sha256(made).hexdigest(),
+        sha256=sha256,
+        signed_by=None if signer is None else str(signer.by),
     )
 
 

@@ -18,7 +18,7 @@ from tensorserve.bundle.download import (
     WEIGHT_SUFFIXES,
 )
 from tensorserve.bundle.file_names import leaves_bundle
-from tensorserve.bundle.manifest import MANIFEST
+from tensorserve.bundle.manifest import MANIFEST, SIGNATURE
 from tensorserve.bundle.tokenizer_files import is_tokenizer_file
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.packing.directory_entries import (
@@ -44,6 +44,7 @@ WEIGHTS_BELOW = "weights that are not the model's own"
 NOT_COUNTED = "not among the model's weight files"
 OTHER_WEIGHTS = "weights of another format"
 OWN_NAME = "the bundle has its own"
+NO_MORE_SIGNED = "a signature of the original files; `pack --sign-key` makes the bundle's own"
 
 
 @dataclass
@@ -151,6 +152,8 @@ def _reason(name: str, *, code: bool) -> str | None:
         return "its name is not allowed in a bundle"
     if name == MANIFEST:
         return OWN_NAME
+    if name == SIGNATURE:
+        return NO_MORE_SIGNED
     if name.endswith(PICKLE_SUFFIXES):
         return PICKLE
     if name.endswith(".safetensors"):

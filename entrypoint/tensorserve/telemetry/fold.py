@@ -34,6 +34,7 @@ from tensorserve.telemetry.schema import (
     OutputAdvanced,
     PhaseChanged,
     PrefetchProgressed,
+    SignatureKnown,
     StartBegan,
     StartFailed,
     VerificationKnown,
@@ -68,6 +69,8 @@ def apply(state: StartState, record: Record) -> None:
             state.last_output = moment
         case VerificationKnown():
             state.verification = event.mode
+        case SignatureKnown():
+            state.signature = event
         case CompiledCacheKnown():
             state.compiled = event
         case PhaseChanged():
@@ -109,7 +112,7 @@ def _start(state: StartState, event: StartBegan, record: Record) -> None:
     state.wall = record.wall
     state.ready_at = state.engine_exit = state.exit_at = state.failure = state.verification = None
     state.failure_scraped, state.last_output, state.failed_workers = False, None, {}
-    state.compiled, state.processes = None, []
+    state.compiled, state.signature, state.processes = None, None, []
     state.checks, state.ranks, state.prefetch = [], {}, RankLoad()
     state.timeline, state.history = Timeline(), History()
     state.timeline.presume(PHASES[0], record.t)

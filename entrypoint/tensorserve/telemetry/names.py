@@ -84,6 +84,7 @@ class Check(StrEnum):
     METRICS_PORT = "metrics port"
     SHARED_MEMORY = "shared memory"
     STATE_DIRECTORY = "state directory"
+    SIGNATURE = "signature"
     KEY = "key"
     WEIGHTS = "weights"
     LAYOUT = "layout"
@@ -148,6 +149,11 @@ FAILURES: Mapping[str, FailureWords] = {
     "corrupt": FailureWords(
         "the model is damaged",
         "A file is damaged, incomplete or was replaced. `tensorserve verify` names it.",
+    ),
+    "signature": FailureWords(
+        "the model's signature is not accepted",
+        "The model is not signed, or not by an accepted signer, or was changed since. The "
+        "container's log says which.",
     ),
     "not_found": FailureWords(
         "the model was not found",

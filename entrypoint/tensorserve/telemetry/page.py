@@ -47,6 +47,7 @@ def view(status: Status) -> dict[str, Any]:
         "headline": headline,
         "detail": detail,
         "caution": CAUTIONS.get(state.verification or "", ""),
+        "signature": _signature(state),
         "announcement": _announcement(state, headline),
         "title": f"{percent} loaded" if loading else headline.partition(":")[0],
         "version": f"version {_version(state.version)}" if state.version else "",
@@ -203,6 +204,14 @@ def _named(phase: Phase, state: str, x: float, width: float, seconds: str) -> di
         "width": round(width, 2),
         "seconds": seconds,
     }
+
+
+def _signature(state: StartState) -> str:
+    """Who signed: a fingerprint is nobody's data. A certificate's subject is, and is left out."""
+    signature = state.signature
+    if signature is None or not re.fullmatch(r"[0-9a-f]{64}", signature.fingerprint):
+        return ""
+    return f"Signed by {label(signature.kind)} {signature.fingerprint[:16]}…"
 
 
 def _version(text: str) -> str:

@@ -17,6 +17,7 @@ def render(content: dict[str, Any]) -> str:
     values["refresh"] = "10" if content["tone"] == "ready" else "2"
     values["detail_hidden"] = "" if content["detail"] else " hidden"
     values["caution_hidden"] = "" if content["caution"] else " hidden"
+    values["signature_hidden"] = "" if content["signature"] else " hidden"
     values["phases"] = "".join(_row(bar) for bar in content["phases"])
     values["events"] = "".join(
         f'<li data-tone="{html.escape(event["tone"])}"><span>{html.escape(event["at"])}</span>'

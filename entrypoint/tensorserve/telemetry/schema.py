@@ -71,6 +71,15 @@ class VerificationKnown(Event):
 
 
 @dataclass(frozen=True)
+class SignatureKnown(Event):
+    """The bundle's signature fits: of a `key` or a `certificate`, by its SHA-256 in hex."""
+
+    event: ClassVar[str] = "signature"
+    kind: Label
+    fingerprint: Text
+
+
+@dataclass(frozen=True)
 class CompiledCacheKnown(Event):
     """Whether the engine takes compiled code from the bundle, and for which fingerprint.
 
@@ -265,6 +274,7 @@ EVENTS: Mapping[str, type[Event]] = {
         StartBegan,
         CheckPassed,
         VerificationKnown,
+        SignatureKnown,
         CompiledCacheKnown,
         PhaseChanged,
         LoadPlanned,

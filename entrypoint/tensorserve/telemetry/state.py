@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 from tensorserve.telemetry.history import History
 from tensorserve.telemetry.load import RankLoad, progress_ratio
 from tensorserve.telemetry.names import Check, Condition, Phase
-from tensorserve.telemetry.schema import CompiledCacheKnown, EngineProcessStarted, StartFailed
+from tensorserve.telemetry.schema import (
+    CompiledCacheKnown,
+    EngineProcessStarted,
+    SignatureKnown,
+    StartFailed,
+)
 from tensorserve.telemetry.timeline import Segment, Timeline
 
 
@@ -37,6 +42,8 @@ class StartState:
     """Whether a scrape of /metrics has shown the failure."""
     verification: str | None = None
     """How the weights are authenticated (bundle/trust.py: MODES), once it is known."""
+    signature: SignatureKnown | None = None
+    """Who signed the bundle; None: no signature was asked for, or it is not known yet."""
     compiled: CompiledCacheKnown | None = None
     """What is known of the bundle's compiled code; None: it was not asked for."""
     processes: list[EngineProcessStarted] = field(default_factory=list)

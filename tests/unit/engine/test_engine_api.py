@@ -13,11 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model_signers import make_pair
 from tensorserve import llm_kwargs
+from tensorserve.bundle.keys import GivenKey
 from tensorserve.engine.api import handed_over_start, own_start, settings_environment
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, WrongKeyError
+from tensorserve.errors import (
+    ConfigurationError,
+    CorruptError,
+    SignatureError,
+    TensorserveError,
+    WrongKeyError,
+)
 from tensorserve.packing.draft_checkpoint import read_draft
 from tensorserve.packing.pack import pack
+from tensorserve.packing.sign import sign
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 
@@ -64,6 +73,25 @@ def test_the_loader_is_a_setting_as_any_other(bundle: Path) -> None:
     assert started(llm_kwargs(str(bundle), key=KEY, environ={})).settings.loader == "auto"
     with pytest.raises(ConfigurationError, match="not one of auto, reference"):
         llm_kwargs(str(bundle), key=KEY, loader="tensorizer", environ={})
+
+
+def test_a_signature_may_be_asked_for(bundle: Path, tmp_path: Path) -> None:
+    """By `LLM`, and by a vLLM that was started alone; the signed manifest is pinned."""
+    pair = make_pair(tmp_path)
+    environ = {"TENSORSERVE_MODEL_URI": str(bundle), "TENSORSERVE_KEY": KEY.hex()}
+    asking = environ | {"TENSORSERVE_SIGNATURE_KEY_FILE": str(pair.public)}
+    with pytest.raises(SignatureError, match="is not signed"):
+        llm_kwargs(environ=asking)
+    with pytest.raises(SignatureError, match="is not signed"):
+        own_start(asking, 1)
+    signed = tmp_path / "b"
+    shutil.copytree(bundle, signed)
+    key = GivenKey(KEY, "the test")
+    sha256 = sign(str(signed), Access(), key, wish="auto", signer=pair.signer).sha256
+    asking["TENSORSERVE_MODEL_URI"] = str(signed)
+    for made in (started(llm_kwargs(environ=asking)), own_start(asking, 1)):
+        assert made.settings.signed_by == pair.signer.by
+        assert made.settings.manifest_sha256 == sha256
 
 
 def test_what_vouches_for_the_weights_goes_with_the_start(

@@ -25,6 +25,8 @@ REFUSED_BY_NAME = {
     "uri": b"https://user:CANARY@[::1/m",
     "settings": b"TENSORSERVE_PORT=" + b"9" * 4400,
     "name": b"%252e%252e/x",
+    "signature": b'{"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "dsseEnvelope": '
+    + b"[" * 5_000,
     "answer": b'HTTP/1.1 206\nContent-Range: bytes 5-14/100\nETag: "a"\nContent-Length: '
     + b"9" * 4400
     + b"\n\n",

@@ -84,6 +84,12 @@ CASES = {
             PAGE: ("compared with the digests in their own file",),
         },
     ),
+    "signature": Case(
+        BEGUN,
+        at(101, "signature", kind="key", fingerprint="5e" * 32),
+        105,
+        {PAGE: ("Signed by key 5e5e5e5e5e5e5e5e…",)},
+    ),
     "compiled_cache": Case(
         BEGUN,
         at(101, "compiled_cache", result="absent", fingerprint="5e" * 32, folder="", keys=0),

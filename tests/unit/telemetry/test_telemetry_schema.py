@@ -40,6 +40,7 @@ from tensorserve.telemetry.schema import (
     OutputAdvanced,
     PhaseChanged,
     PrefetchProgressed,
+    SignatureKnown,
     StartBegan,
     StartFailed,
     Unknown,
@@ -53,6 +54,7 @@ SAMPLES: list[Event] = [
     StartBegan("a", "0.1.0", 1, "http://127.0.0.1:8000/health", 8000, 9400),
     CheckPassed(Check.HOST_MEMORY, "1 GB"),
     VerificationKnown("digests"),
+    SignatureKnown("key", "5e" * 32),
     CompiledCacheKnown("brought", "5e" * 32, "/cache/vllm", 2),
     PhaseChanged(Phase.LOAD, Edge.END),
     LoadPlanned(1, bytes=10, tensors=2, loader="reference"),
@@ -198,7 +200,7 @@ def test_no_field_whatever_it_holds_raises_in_a_consumer(lines: list[dict[str, A
         render_report(state, 80, True)
 
 
-COMMON_WORDS = {"start", "check", "verification", "phase", "ready", "failure"}
+COMMON_WORDS = {"start", "check", "verification", "signature", "phase", "ready", "failure"}
 OWN_FORMATS = {
     "cli.py": "names of commands and options",
     "config/launch_plan.py": "names of flags",

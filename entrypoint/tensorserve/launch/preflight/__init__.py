@@ -1,7 +1,7 @@
 """What must hold before vLLM is started? Each check takes milliseconds and saves a minute.
 
-Order: first what is local, then the source, then the key. `tensorserve check` shows the results,
-`tensorserve serve` runs the same checks before every start.
+Order: first what is local, then who signed, then the key, then the source. `tensorserve check`
+shows the results, `tensorserve serve` runs the same checks before every start.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 from tensorserve.config.draft_model import check_draft
 from tensorserve.config.launch_plan import LaunchPlan
 from tensorserve.config.settings import Settings
+from tensorserve.config.signature import with_signature
 from tensorserve.config.unwrapping import with_key
 from tensorserve.launch.preflight.devices import check_device, visible_gpus
 from tensorserve.launch.preflight.disk import (
@@ -74,6 +75,9 @@ def run_checks(
     report(check_port("API", plan.host, plan.port) if uds is None else check_socket(uds))
     report(check_shared_memory())
     report(check_state_dir(settings.state_dir))
+    settings = with_signature(settings, plan.bundle_uri)
+    if settings.signed_by is not None:
+        report(Passed(Check.SIGNATURE, f"by {settings.signed_by}"))
     given, settings = settings, with_key(settings, plan.bundle_uri, say)
     if settings.key is not None and given.key is None:
         report(Passed(Check.KEY, f"unwrapped by {settings.key.origin}{_unasked(given)}"))
