@@ -54,7 +54,14 @@ def with_signature(settings: Given, bundle_uri: str) -> Given:
             f"TENSORSERVE_MANIFEST_SHA256 is {pin}: another bundle was signed.",
             hint="`tensorserve verify` prints the SHA-256 of a bundle's manifest.json.",
         )
-    return replace(settings, manifest_sha256=signature.manifest_sha256, signed_by=signature.by)
+    # Tags bind only those who have no key; a signature is for those who have it and cannot sign.
+    verify = "hashes" if settings.verify == "auto" else settings.verify
+    return replace(
+        settings,
+        manifest_sha256=signature.manifest_sha256,
+        signed_by=signature.by,
+        verify=verify,
+    )
 
 
 def _read_signed(settings: SourceSettings, bundle_uri: str) -> ModelSignature:

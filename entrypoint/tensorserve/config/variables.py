@@ -423,8 +423,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes", "manifest", "tags"), "auto",
         "How encrypted weights are authenticated. `auto`: an authenticated manifest, else each "
-        "tensor's own digest; `hashes`: the digests always; `manifest`: such a manifest or no "
-        "start (of plain weights: one that is pinned); `tags`: without such a manifest, each "
+        "tensor's own digest, and both where a signature is needed; `hashes`: the digests always; "
+        "`manifest`: such a manifest or no start (of plain weights: one that is pinned); `tags`: without such a manifest, each "
         "chunk's tag alone (whoever can write the bundle can then exchange tensors). Plain "
         "weights have no tags: a pinned bundle's digests are compared with every value.",
         "`auto`, `hashes`, `manifest`, `tags`",
