@@ -11,7 +11,7 @@ from tensorserve.errors import UsageError
 
 if TYPE_CHECKING:
     # Every command imports this file; only `pack` needs these modules.
-    from tensorserve.packing.pack import Progress
+    from tensorserve.packing.bundle_files import Progress
     from tensorserve.packing.pack_result import PackResult
     from tensorserve.sources import Access
     from tensorserve.wrapping.base import Services
@@ -41,8 +41,8 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="wrap the key for a recipient, in the manifest: file:PATH, age:RECIPIENT, "
-        "vault:MOUNT/KEY or awskms:KEY (docs/keys.md); may be repeated. Without --key-file the key "
-        "is new and nowhere else",
+        "vault:MOUNT/KEY, awskms:KEY, gcpkms:NAME or azurekeyvault://VAULT/KEY (docs/keys.md); may "
+        "be repeated. Without --key-file the key is new and nowhere else",
     )
     pack.add_argument(
         "--suffix", help="version of the model: the bundle goes to DEST/vllm/<name of SRC>/SUFFIX"
