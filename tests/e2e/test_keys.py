@@ -172,6 +172,8 @@ def test_the_page_on_age(work: Path) -> None:
     program.chmod(0o755)
     assert pyrage.x25519.Identity.generate()
     bash(work, blocks()["age"], {})
+    uri = f"age:{work / 'identity.txt'}"
+    shown_by_plan_and_check(work, uri, uri, printed_fingerprint(work))
 
 
 def test_the_page_on_vault(work: Path) -> None:
@@ -190,6 +192,8 @@ def test_the_page_on_kms(work: Path) -> None:
     with moto_server() as kms:
         kms.make_key("models")
         bash(work, "\n".join(ours), kms.environ)
+        uri = "awskms:alias/models"
+        shown_by_plan_and_check(work, uri, f"{uri} (in {kms.region})", kms.environ)
 
 
 def without(block: str, program: str, count: int) -> str:
@@ -224,9 +228,7 @@ def test_the_page_on_azure(work: Path) -> None:
             work, "verify", "bundle", code=78, TENSORSERVE_KEY_URI=uri, **vault.environ
         )
         assert "anybody can wrap a key of his own" in refused
-        said = re.search(r"key fingerprint: (\w+)", (work / "packed.txt").read_text())
-        assert said is not None
-        given = vault.environ | {"TENSORSERVE_KEY_FINGERPRINT": said[1]}
+        given = vault.environ | printed_fingerprint(work)
         shown_by_plan_and_check(work, uri, f"(at {vault.host}, with azure-identity's", given)
 
 
@@ -242,6 +244,13 @@ def test_the_page_on_cocos_broker(work: Path) -> None:
         bash(work, guest, hub.environ)
         uri = "kbs:///default/wrapping-key/models"
         shown_by_plan_and_check(work, uri, f"Data Hub at {hub.url}", hub.environ)
+
+
+def printed_fingerprint(work: Path) -> dict[str, str]:
+    """As the pages' blocks take it from what `pack` printed."""
+    said = re.search(r"key fingerprint: (\w+)", (work / "packed.txt").read_text())
+    assert said is not None
+    return {"TENSORSERVE_KEY_FINGERPRINT": said[1]}
 
 
 def shown_by_plan_and_check(work: Path, uri: str, where: str, environ: dict[str, str]) -> None:

@@ -237,7 +237,7 @@ def test_the_gpu_service_has_gpus_limits_and_secret_files() -> None:
 
 
 def test_the_vault_profile_gives_a_key_to_nobody() -> None:
-    """It was not run here: its parts are, in tests/unit/project and tests/e2e/test_serving.py."""
+    """Not run here, for the time it takes: its parts are, in tests/unit/project and tests/e2e."""
     product, demo = SERVICES["demo-vault"], SERVICES["demo"]
     given = product["environment"]
     assert given["TENSORSERVE_KEY_URI"] == vault.WRAPPING_KEY

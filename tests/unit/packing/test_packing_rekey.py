@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from s3server import S3Server
+from safetensors.torch import save_file
 from tensorizer import EncryptionParams, TensorSerializer
 
 from hf_samples import ACCESS, SMALL_FILES, make_model, tensors
@@ -28,6 +29,7 @@ from tensorserve.config.settings import SourceSettings
 from tensorserve.config.unwrapping import with_key
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError, WrongKeyError
 from tensorserve.format import read_tensor
+from tensorserve.packing.lora import read_adapters
 from tensorserve.packing.pack import pack
 from tensorserve.packing.rekey import rekey
 from tensorserve.packing.sign import sign
@@ -149,6 +151,26 @@ def test_a_file_of_tensorizers_is_sealed_anew(
     rekey(str(tmp_path / "old"), str(tmp_path / "new"), ACCESS, OLD, NEW)
     assert contents(str(tmp_path / "new"), NEW) == contents(str(tmp_path / "old"), OLD)
     assert {r.state for r in verify(str(tmp_path / "new"), ACCESS, NEW).results} == {"ok"}
+
+
+def test_adapters_are_sealed_anew(tmp_path: Path) -> None:
+    """Every .tensors file of the manifest, in its folder."""
+    make_model(tmp_path / "hf")
+    (tmp_path / "french").mkdir()
+    lora = {"q.lora_A.weight": torch.randn(4, 16), "q.lora_B.weight": torch.randn(16, 4)}
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in lora.items()},
+        tmp_path / "french" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4}
+    (tmp_path / "french" / "adapter_config.json").write_text(json.dumps(config))
+    adapters = read_adapters([f"french={tmp_path / 'french'}"])
+    secret = Secret(OLD.reveal(), "the test")
+    pack(tmp_path / "hf", str(tmp_path / "old"), access=ACCESS, key=secret, adapters=adapters)
+    rekey(str(tmp_path / "old"), str(tmp_path / "new"), ACCESS, OLD, NEW)
+    found = contents(str(tmp_path / "new"), NEW)
+    assert found == contents(str(tmp_path / "old"), OLD)
+    assert {name.partition(":")[0] for name in found} > {"model.tensors"}
 
 
 def test_compiled_code_is_left_out_and_named(old: Path, tmp_path: Path) -> None:
