@@ -55,6 +55,11 @@ class _StandIn(AbstractContextManager["_StandIn"]):
         """127.0.0.1:port"""
         return f"127.0.0.1:{self.server.port}"
 
+    def reset(self) -> None:
+        """As in the beginning, but for its keys: for the next test."""
+        self.refuse, self.change = None, lambda _: None
+        self.asked.clear()
+
     def __enter__(self) -> Any:
         self.server.__enter__()
         self.tokens.__enter__()

@@ -9,7 +9,6 @@ import base64
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -33,20 +32,27 @@ from tensorserve.wrapping.unwrap import unwrap_key
 
 MODEL_KEY = bytes(range(32))
 BINDING = Binding("aa" * 32, fingerprint_of(MODEL_KEY))
-QUICK = RetryPolicy(deadline=1.0, backoff_base=0.01, backoff_cap=0.05)
+QUICK = RetryPolicy(deadline=0.2, backoff_base=0.01, backoff_cap=0.05)
 GIVEN = replace(services_for(SourceSettings.from_environment({})), policy=QUICK)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyVault]:
+    """With the key `models`."""
+    with KeyVault(tmp_path_factory.mktemp("vault")) as running:
+        running.make_key("models")
+        yield running
+
+
 @pytest.fixture
-def vault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyVault]:
-    """With the key `models`, and the environment that asks it."""
+def vault(server: KeyVault, monkeypatch: pytest.MonkeyPatch) -> KeyVault:
+    """The environment that asks it."""
+    server.reset()
     for name in ("HTTPS_PROXY", "https_proxy", "AZURE_CLIENT_ID", "AZURE_TENANT_ID"):
         monkeypatch.delenv(name, raising=False)
-    with KeyVault(tmp_path / "vault") as server:
-        server.make_key("models")
-        for name, value in server.environ.items():
-            monkeypatch.setenv(name, value)
-        yield server
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    return server
 
 
 def wrapped(vault: KeyVault, name: str = "models", binding: Binding = BINDING) -> WrappedKey:
@@ -65,7 +71,7 @@ def test_what_the_vault_wraps_it_unwraps(vault: KeyVault) -> None:
     """By the vault's and the key's name, which the manifest has; the version is beside it."""
     entry = wrapped(vault)
     assert entry.key == f"{vault.host}/models"
-    (version,) = vault.keys["models"]
+    version = next(reversed(vault.keys["models"]))
     assert entry.wrapped.startswith(f"{version}:")
     assert unwrapped(vault, entry) == MODEL_KEY
     assert vault.asked == [
@@ -76,14 +82,15 @@ def test_what_the_vault_wraps_it_unwraps(vault: KeyVault) -> None:
 
 def test_a_rotated_key_opens_what_it_wrapped_before(vault: KeyVault) -> None:
     """Each entry names its version; one in the URI is the only one."""
-    old, entry = next(iter(vault.keys["models"])), wrapped(vault)
-    new = vault.make_key("models")
-    assert unwrapped(vault, entry) == MODEL_KEY
-    assert wrapped(vault).wrapped.startswith(f"{new}:")
-    assert unwrapped(vault, entry, name=f"models/{old}") == MODEL_KEY
+    old = vault.make_key("rotated")
+    entry = wrapped(vault, "rotated")
+    new = vault.make_key("rotated")
+    assert unwrapped(vault, entry, name="rotated") == MODEL_KEY
+    assert wrapped(vault, "rotated").wrapped.startswith(f"{new}:")
+    assert unwrapped(vault, entry, name=f"rotated/{old}") == MODEL_KEY
     with pytest.raises(WrongKeyError, match=f"wrapped with version {old}"):
-        unwrapped(vault, entry, name=f"models/{new}")
-    assert wrapped(vault, f"models/{old}").wrapped.startswith(f"{old}:")
+        unwrapped(vault, entry, name=f"rotated/{new}")
+    assert wrapped(vault, f"rotated/{old}").wrapped.startswith(f"{old}:")
 
 
 def test_it_is_bound_to_its_bundle(vault: KeyVault) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -28,20 +27,27 @@ from tensorserve.wrapping.unwrap import unwrap_key
 
 MODEL_KEY = bytes(range(32))
 BINDING = Binding("aa" * 32, fingerprint_of(MODEL_KEY))
-QUICK = RetryPolicy(deadline=1.0, backoff_base=0.01, backoff_cap=0.05)
+QUICK = RetryPolicy(deadline=0.2, backoff_base=0.01, backoff_cap=0.05)
 NAME = "projects/p/locations/global/keyRings/r/cryptoKeys/models"
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoogleKms]:
+    """With the key `models`."""
+    with GoogleKms(tmp_path_factory.mktemp("kms")) as running:
+        running.make_key("models")
+        yield running
+
+
 @pytest.fixture
-def kms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleKms]:
-    """With the key `models`, and the environment that asks it."""
+def kms(server: GoogleKms, monkeypatch: pytest.MonkeyPatch) -> GoogleKms:
+    """The environment that asks it."""
+    server.reset()
     for name in ("GOOGLE_CLOUD_QUOTA_PROJECT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with GoogleKms(tmp_path / "kms") as server:
-        server.make_key("models")
-        for name, value in server.environ.items():
-            monkeypatch.setenv(name, value)
-        yield server
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+    return server
 
 
 GIVEN = replace(services_for(SourceSettings.from_environment({})), policy=QUICK)
@@ -108,7 +114,8 @@ def test_damage_on_the_way_is_asked_for_again(
 
     kms.asked.clear()
     kms.change = damage_once
-    assert unwrapped(kms, entry, given=replace(GIVEN, say=told.append)) == MODEL_KEY
+    patient = replace(GIVEN, policy=replace(QUICK, deadline=60.0), say=told.append)
+    assert unwrapped(kms, entry, given=patient) == MODEL_KEY
     assert len(kms.asked) == 2
     assert "CRC32C" in told[0]
     monkeypatch.setattr("tensorserve.wrapping.gcpkms.crc32c", lambda data: crc32c(data) ^ 1)

@@ -26,7 +26,7 @@ from tensorserve.wrapping.unwrap import unwrap_key
 
 MODEL_KEY = bytes(range(32))
 BINDING = Binding("aa" * 32, fingerprint_of(MODEL_KEY))
-QUICK = RetryPolicy(deadline=5.0, backoff_base=0.001, backoff_cap=0.01)
+QUICK = RetryPolicy(deadline=60.0, backoff_base=0.001, backoff_cap=0.01)
 WRAPPING = bytes(range(9, 41))
 RESOURCE = "default/wrapping-key/models"
 
