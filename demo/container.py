@@ -1,6 +1,7 @@
 """The compose file's demo, inside containers: `s3` is the S3 server, `pack` fills its bucket.
 
-Both share one volume. What is secret there is made anew on the first start and never leaves it.
+`vault`, `pack-vault` and `rotate` are for the profile whose key is wrapped by OpenBao. They share
+one volume. What is secret there is made anew on the first start and never leaves it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ import time
 from configparser import ConfigParser
 from pathlib import Path
 
+import vault
 from s3server import OPTIONS, READY_SECONDS, make_bucket, write_identities
 from smollm2 import ensure_model
 
 DIRECTORY = Path("/var/lib/tensorserve/demo")
 CREDENTIALS = DIRECTORY / "aws-credentials"
 KEY = DIRECTORY / "model.key"
+# A volume that OpenBao alone has.
+VAULT = Path("/var/lib/tensorserve/vault")
 # Names of services in compose.yaml.
 ENDPOINT_URL = "http://s3:8333"
 MODEL_URI = "s3://models/vllm/SmolLM2-135M-Instruct/v1"
+WRAPPED_URI = "s3://models/wrapped/SmolLM2-135M-Instruct/v1"
+S3_VARIABLES = {
+    "AWS_ENDPOINT_URL_S3": ENDPOINT_URL,
+    "AWS_SHARED_CREDENTIALS_FILE": str(CREDENTIALS),
+    "AWS_REGION": "us-east-1",
+}
 
 
 def serve_s3() -> None:
@@ -41,32 +51,39 @@ def serve_s3() -> None:
 
 def pack_model() -> int:
     """Make the model, pack and encrypt it into the bucket; nothing if that was done before."""
-    _wait_for_credentials()
+    return _pack(MODEL_URI, "packed", ["--key-file", str(KEY)], {})
+
+
+def pack_wrapped() -> int:
+    """The same, with a new key that is nowhere but wrapped by OpenBao."""
+    _wait_for(vault.token_file(DIRECTORY, "packer"), "vault")
+    given = vault.environment(DIRECTORY, "packer")
+    del given["TENSORSERVE_KEY_URI"]
+    return _pack(WRAPPED_URI, "packed-vault", ["--wrap", vault.WRAPPING_KEY], given)
+
+
+def _pack(uri: str, mark: str, options: list[str], variables: dict[str, str]) -> int:
+    _wait_for(CREDENTIALS, "s3")
     access_key, secret_key = _credentials()
     make_bucket("models", ENDPOINT_URL, access_key, secret_key)
-    done = DIRECTORY / "packed"
+    done = DIRECTORY / mark
     if done.exists():
         print("packed already, in the bucket of the last run")
         return 0
     model = ensure_model(DIRECTORY)
-    words = ["tensorserve", "pack", str(model), MODEL_URI, "--encrypt", "--key-file", str(KEY)]
-    environment = os.environ | {
-        "AWS_ENDPOINT_URL_S3": ENDPOINT_URL,
-        "AWS_SHARED_CREDENTIALS_FILE": str(CREDENTIALS),
-        "AWS_REGION": "us-east-1",
-    }
-    subprocess.run([*words, "--overwrite"], env=environment, check=True)
+    words = ["tensorserve", "pack", str(model), uri, "--encrypt", *options, "--overwrite"]
+    subprocess.run(words, env=os.environ | S3_VARIABLES | variables, check=True)
     shutil.rmtree(model)
     done.touch()
     return 0
 
 
-def _wait_for_credentials() -> None:
-    """The server makes them, and was started at the same time."""
+def _wait_for(path: Path, service: str) -> None:
+    """The service makes it, and was started at the same time."""
     deadline = time.monotonic() + READY_SECONDS
-    while not CREDENTIALS.exists():
+    while not path.exists():
         if time.monotonic() > deadline:
-            sys.exit(f"{CREDENTIALS} did not come: is the service s3 running?")
+            sys.exit(f"{path} did not come: is the service {service} running?")
         time.sleep(0.1)
 
 
@@ -91,7 +108,19 @@ def _credentials() -> tuple[str, str]:
     return section["aws_access_key_id"], section["aws_secret_access_key"]
 
 
+def main(words: list[str]) -> int:
+    """The service of compose.yaml that `words` name."""
+    match words:
+        case ["s3"]:
+            serve_s3()
+        case ["vault"]:
+            vault.serve(VAULT, DIRECTORY)
+        case ["pack-vault"]:
+            return pack_wrapped()
+        case ["rotate"]:
+            return vault.rotate(WRAPPED_URI, DIRECTORY, S3_VARIABLES)
+    return pack_model()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["s3"]:
-        serve_s3()
-    sys.exit(pack_model())
+    sys.exit(main(sys.argv[1:]))

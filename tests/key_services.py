@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openbao as openbao_server
 from s3server import free_ports
 
 from certificates import PrivateCA
@@ -22,55 +22,14 @@ from http_server import Handler
 from waiting import wait_for
 
 _SECONDS = 60.0
-_CONFIG = """
-storage "inmem" {{}}
-disable_mlock = true
-api_addr = "{url}"
-listener "tcp" {{
-  address = "127.0.0.1:{port}"
-  {tls}
-}}
-"""
 
 
-class OpenBao:
+class OpenBao(openbao_server.OpenBao):
     """An unsealed OpenBao with a transit engine and its key `models`."""
-
-    def __init__(self, url: str, ca: PrivateCA | None) -> None:
-        self.url = url
-        self.ca_file = None if ca is None else str(ca.bundle)
-        self.token = ""
-        self._unseal_key = ""
-
-    def set_up(self) -> None:
-        """Initialise, unseal, and mount transit/ with its key."""
-        made = self.ask("PUT", "sys/init", {"secret_shares": 1, "secret_threshold": 1})
-        self.token, self._unseal_key = made["root_token"], made["keys_base64"][0]
-        self.unseal()
-        self.ask("POST", "sys/mounts/transit", {"type": "transit"})
-        self.make_key("models")
-
-    def unseal(self) -> None:
-        """Make it answer again."""
-        self.ask("PUT", "sys/unseal", {"key": self._unseal_key})
 
     def seal(self) -> None:
         """Everything is answered with 503 from now on."""
         self.ask("PUT", "sys/seal")
-
-    def make_key(self, name: str, kind: str = "aes256-gcm96") -> None:
-        """A key of the transit engine."""
-        self.ask("POST", f"transit/keys/{name}", {"type": kind})
-
-    def policy(self, name: str, *paths: str) -> None:
-        """A policy that grants `update` on `paths`."""
-        rules = {path: {"capabilities": ["update"]} for path in paths}
-        self.ask("PUT", f"sys/policies/acl/{name}", {"policy": json.dumps({"path": rules})})
-
-    def token_for(self, policy: str) -> str:
-        """A token with one policy."""
-        made = self.ask("POST", "auth/token/create", {"policies": [policy]})
-        return str(made["auth"]["client_token"])
 
     def app_role(self, policy: str) -> tuple[str, str]:
         """(RoleID, SecretID) of a new AppRole with one policy."""
@@ -98,53 +57,13 @@ class OpenBao:
         }
         self.ask("POST", f"auth/kubernetes/role/{role}", bound)
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """An answer of its API, as its owner."""
-        asked = urllib.request.Request(
-            f"{self.url}/v1/{path}",
-            None if body is None else json.dumps(body).encode(),
-            {"X-Vault-Token": self.token} if self.token else {},
-            method=method,
-        )
-        context = None
-        if self.ca_file is not None:
-            import ssl
-
-            context = ssl.create_default_context(cafile=self.ca_file)
-        try:
-            with urllib.request.urlopen(asked, timeout=30, context=context) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            error.add_note(error.read().decode(errors="replace"))
-            raise
-        return json.loads(text) if text else {}
-
 
 @contextmanager
 def openbao(ca: PrivateCA | None = None) -> Iterator[OpenBao]:
     """A running one, with TLS where `ca` is given."""
-    (port,) = free_ports(1)
-    url = f"http{'s' if ca else ''}://127.0.0.1:{port}"
-    tls = "tls_disable = true"
-    if ca is not None:
-        pem = ca.certificate()
-        tls = f'tls_cert_file = "{pem}"\n  tls_key_file = "{pem}"'
-    with tempfile.TemporaryDirectory() as directory:
-        config = Path(directory) / "bao.hcl"
-        config.write_text(_CONFIG.format(url=url, port=port, tls=tls))
-        program = str(Path(sys.executable).with_name("bao"))
-        with _running([program, "server", "-config", str(config)], directory):
-            server = OpenBao(url, ca)
-            wait_for(lambda: _answers(server), _SECONDS, every=0.05)
-            server.set_up()
-            yield server
-
-
-def _answers(server: OpenBao) -> bool:
-    try:
-        return "initialized" in server.ask("GET", "sys/init")
-    except OSError:
-        return False
+    tls = (None, None) if ca is None else (str(ca.bundle), ca.certificate())
+    with openbao_server.running(*tls, kind=OpenBao) as server:
+        yield server
 
 
 class TokenReviews(Handler):

@@ -170,6 +170,25 @@ def _parser() -> _Parser:
         )
     add_sign_options(rewrap)
 
+    rekey = commands.add_parser(
+        "rekey", help="copy a bundle to another place, sealed with a new key; the old one stays"
+    )
+    rekey.add_argument("uri", metavar="URI", help="the bundle, whose key is set as for a start")
+    rekey.add_argument("destination", metavar="DEST", help="directory, s3://, gs:// or az://")
+    rekey.add_argument(
+        "--key-file", type=Path, help="the new key; made (0600) if it does not exist"
+    )
+    rekey.add_argument(
+        "--wrap",
+        metavar="PROVIDER:KEY",
+        action="append",
+        default=[],
+        help="wrap the new key for a recipient, as `pack` does; may be repeated. Without "
+        "--key-file the key is nowhere else",
+    )
+    add_sign_options(rekey)
+    rekey.add_argument("--overwrite", action="store_true", help="replace a bundle at DEST")
+
     precompile = commands.add_parser(
         "precompile",
         help="start once with the same settings, and put what was compiled into the bundle, sealed",
@@ -463,6 +482,44 @@ def _rewrap(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 0
 
 
+def _rekey(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.bundle.keys import parse_key
+    from tensorserve.config.access import access_for, key_for, services_for
+    from tensorserve.config.unwrapping import with_key
+    from tensorserve.packing.key_file import new_key
+    from tensorserve.packing.options import signer_of
+    from tensorserve.packing.rekey import rekey
+    from tensorserve.wrapping.providers import for_wrapping
+
+    _stop_cleanly()
+    uri, destination = _uri(options.uri, "URI"), _uri(options.destination, "DEST")
+    if not options.wrap and options.key_file is None:
+        raise UsageError(
+            "`rekey` needs a new key.",
+            hint="Add --wrap PROVIDER:KEY, or --key-file PATH (made if it does not exist).",
+        )
+    signer = signer_of(options)
+    given = _settings(environ)
+    settings = with_key(given, uri, _note)
+    services = services_for(given, _note)
+    recipients = [for_wrapping(text, services) for text in options.wrap]
+    with _ByteBar("sealing anew") as bar:
+        done = rekey(
+            uri,
+            destination,
+            access_for(settings),
+            key_for(settings),
+            parse_key(new_key(options.key_file)),
+            recipients=recipients,
+            signer=signer,
+            overwrite=options.overwrite,
+            pin=settings.manifest_sha256,
+            progress=bar,
+        )
+    print(done)
+    return 0
+
+
 def _precompile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.packing.precompile import precompile
 
@@ -537,7 +594,7 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 _COMMANDS = {
     "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack, "verify": _verify,
-    "sign": _sign, "rewrap": _rewrap, "precompile": _precompile,
+    "sign": _sign, "rewrap": _rewrap, "rekey": _rekey, "precompile": _precompile,
     "report": _report, "health": _health, "engine": _engine, "exporter": _exporter, "watch": _watch,
 }  # fmt: skip
 

@@ -203,3 +203,29 @@ def test_a_file_of_this_machine(bundle: Path) -> None:
     code, said = command("verify", {}, str(bundle))
     assert code == 78
     assert "none of these can be asked" in said
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"provider": "gcpkms", "key": "projects/his/locations/global/keyRings/r/cryptoKeys/k"},
+        {"provider": "azurekeyvault", "key": "his-vault/models"},
+        {"provider": "azurekeyvault", "key": "127.0.0.1:{port}/models"},
+        {"provider": "kbs", "key": "default/wrapping-key/models"},
+    ],
+    ids=lambda entry: entry["provider"],
+)
+def test_a_project_or_a_vault_of_the_attackers(bundle: Path, entry: dict[str, str]) -> None:
+    """Where everybody may decrypt: a name of Google's or Azure's counts in TENSORSERVE_KEY_URI
+    alone, and the guest's hub is asked for what the owner names."""
+    with listening() as his:
+        named = entry | {"key": entry["key"].format(port=his.port), "wrapped": "AAAA"}
+        change(bundle, recipients=[named])
+        given = {
+            "TENSORSERVE_CDH_URL": his.url,
+            "IDENTITY_ENDPOINT": his.url,
+            "IDENTITY_HEADER": "owners-header",
+        }
+        code, said = command("verify", given, str(bundle))
+        assert (code, his.seen) == (78, []), said
+        assert "none of these can be asked" in said

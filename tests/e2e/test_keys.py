@@ -15,6 +15,7 @@ from s3server import free_ports
 
 from hf_samples import make_model
 from key_services import moto_server, openbao
+from key_stand_ins import DataHub, GoogleKms, KeyVault
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -110,6 +111,14 @@ def test_a_key_is_wrapped_used_and_rotated(work: Path) -> None:
         by_new = {"TENSORSERVE_KEY_URI": "vault:transit/next"}
         tensorserve(work, "check", **model, **by_new, **new)
         tensorserve(work, "verify", "b", **by_new, **new)
+        # A new key for the model itself: the old recipient's key opens nothing of it.
+        rekeyed = tensorserve(
+            work, "rekey", "b", "c", "--wrap", "vault:transit/models", **by_new, **owner
+        )
+        assert "nowhere but wrapped" in rekeyed
+        tensorserve(work, "verify", "c", **by_uri, **old)
+        tensorserve(work, "verify", "c", code=65, **by_new, **new)
+        tensorserve(work, "verify", "b", **by_new, **new)
     tensorserve(work, "verify", "b", TENSORSERVE_KEY_URI=f"file:{work / 'backup'}")
 
 
@@ -139,7 +148,10 @@ def blocks() -> dict[str, str]:
 
 def test_the_page_has_a_block_for_each_kind() -> None:
     """Which the tests below run."""
-    assert list(blocks()) == ["A wrapping key in a file", "age", "Vault and OpenBao", "AWS KMS"]
+    assert list(blocks()) == [
+        "A wrapping key in a file", "age", "Vault and OpenBao", "AWS KMS", "Google Cloud KMS",
+        "Azure Key Vault", "CoCo's key broker",
+    ]  # fmt: skip
 
 
 def test_the_page_on_signatures(work: Path) -> None:
@@ -173,6 +185,8 @@ def test_the_page_on_age(work: Path) -> None:
     program.chmod(0o755)
     assert pyrage.x25519.Identity.generate()
     bash(work, blocks()["age"], {})
+    uri = f"age:{work / 'identity.txt'}"
+    shown_by_plan_and_check(work, uri, uri, printed_fingerprint(work))
 
 
 def test_the_page_on_vault(work: Path) -> None:
@@ -191,3 +205,69 @@ def test_the_page_on_kms(work: Path) -> None:
     with moto_server() as kms:
         kms.make_key("models")
         bash(work, "\n".join(ours), kms.environ)
+        uri = "awskms:alias/models"
+        shown_by_plan_and_check(work, uri, f"{uri} (in {kms.region})", kms.environ)
+
+
+def without(block: str, program: str, count: int) -> str:
+    """The block but for the lines of a program that this machine has not: the test does these."""
+    lines = block.splitlines()
+    ours = [line for line in lines if not line.startswith(f"{program} ")]
+    assert len(lines) - len(ours) == count
+    return "\n".join(ours)
+
+
+def test_the_page_on_google(work: Path) -> None:
+    """Against a stand-in, whose host the block gets; the key, which gcloud would make, is there."""
+    block = without(blocks()["Google Cloud KMS"], "gcloud", 2)
+    with GoogleKms(work / "kms") as kms:
+        name = re.search(r"^key=(.*)$", block, re.MULTILINE)
+        assert name is not None
+        kms.keys[name[1]] = os.urandom(32)
+        block = block.replace("gcpkms:$key", f"gcpkms://{kms.host}/$key")
+        bash(work, block, kms.environ)
+        uri = f"gcpkms://{kms.host}/{name[1]}"
+        shown_by_plan_and_check(work, uri, f"(at {kms.host}, with Google's", kms.environ)
+
+
+def test_the_page_on_azure(work: Path) -> None:
+    """Against a stand-in, whose host the block gets; the key, which az would make, is there."""
+    block = without(blocks()["Azure Key Vault"], "az", 1)
+    with KeyVault(work / "vault") as vault:
+        vault.make_key("models")
+        bash(work, block.replace("//my-vault/", f"//{vault.host}/"), vault.environ)
+        uri = f"azurekeyvault://{vault.host}/models"
+        refused = tensorserve(
+            work, "verify", "bundle", code=78, TENSORSERVE_KEY_URI=uri, **vault.environ
+        )
+        assert "anybody can wrap a key of his own" in refused
+        given = vault.environ | printed_fingerprint(work)
+        shown_by_plan_and_check(work, uri, f"(at {vault.host}, with azure-identity's", given)
+
+
+def test_the_page_on_cocos_broker(work: Path) -> None:
+    """Against a stand-in for the guest's hub, to which the test gives what kbs-client would."""
+    block = without(blocks()["CoCo's key broker"], "kbs-client", 1)
+    packing, _, guest = block.partition("\n\n")
+    with DataHub() as hub:
+        assert "key wrapped for file:" in run(work, ["bash", "-euo", "pipefail", "-c", packing], {})
+        key = work / "wrapping.key"
+        hub.resources["default/wrapping-key/models"] = key.read_bytes()
+        key.unlink()
+        bash(work, guest, hub.environ)
+        uri = "kbs:///default/wrapping-key/models"
+        shown_by_plan_and_check(work, uri, f"Data Hub at {hub.url}", hub.environ)
+
+
+def printed_fingerprint(work: Path) -> dict[str, str]:
+    """As the pages' blocks take it from what `pack` printed."""
+    said = re.search(r"key fingerprint: (\w+)", (work / "packed.txt").read_text())
+    assert said is not None
+    return {"TENSORSERVE_KEY_FINGERPRINT": said[1]}
+
+
+def shown_by_plan_and_check(work: Path, uri: str, where: str, environ: dict[str, str]) -> None:
+    """`plan` says where it would be asked, and asks nobody; `check` says who unwrapped it."""
+    given = environ | {"TENSORSERVE_MODEL_URI": str(work / "bundle"), "TENSORSERVE_KEY_URI": uri}
+    assert where in tensorserve(work, "plan", **given)
+    assert "unwrapped by " in tensorserve(work, "check", **given)

@@ -12,6 +12,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine_processes import named_processes, ways
 from running import STOCK_PROMPTS, Tensorserve, request, session_processes
 from s3server import S3Server
 
+from key_services import OpenBao, openbao
 from rangeserver import RangeServer
 from s3_clients import s3_access
 from tensorserve.bundle.keys import parse_key
@@ -30,7 +32,7 @@ from tensorserve.engine.api_key import OPEN_PATHS
 from tensorserve.format import read_index, read_tensor
 from tensorserve.launch.stopping import supervisor_seconds
 from tensorserve.secret import Secret
-from tensorserve.sources import Access, open_source
+from tensorserve.sources import Access, list_names, open_source
 
 PROMPTS = STOCK_PROMPTS[:4]
 
@@ -58,15 +60,60 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def s3_uri(s3: S3Server, bucket: str, bundle: Bundle, model_dir: Path) -> str:
-    """The same model packed straight into the bucket."""
-    uri = f"s3://{bucket}/vllm/smollm2/v1"
+def bao() -> Iterator[OpenBao]:
+    """With a wrapping key of today and one of tomorrow, and who may unwrap with each."""
+    with openbao() as server:
+        server.make_key("next")
+        for key in ("models", "next"):
+            server.policy(f"{key}-server", f"transit/decrypt/{key}")
+        yield server
+
+
+def by_vault(bao: OpenBao, key: str) -> dict[str, str]:
+    """What a server has that may unwrap with `key` alone."""
+    return {
+        "TENSORSERVE_KEY_URI": f"vault:transit/{key}",
+        "VAULT_ADDR": bao.url,
+        "VAULT_TOKEN": bao.token_for(f"{key}-server"),
+    }
+
+
+def command(environ: dict[str, str], *words: str) -> int:
+    """The exit code of a command with these variables."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3.environment.items():
+        for name, value in environ.items():
             patch.setenv(name, value)
-        words = ["pack", str(model_dir), uri, "--encrypt", "--key-file", str(bundle.key_file)]
-        assert tensorserve(words) == 0
+        return tensorserve(list(words))
+
+
+@pytest.fixture(scope="module")
+def s3_uri(s3: S3Server, bucket: str, bundle: Bundle, model_dir: Path, bao: OpenBao) -> str:
+    """The same model packed straight into the bucket, its key wrapped by OpenBao."""
+    uri = f"s3://{bucket}/vllm/smollm2/v1"
+    environ = s3.environment | {"VAULT_ADDR": bao.url, "VAULT_TOKEN": bao.token}
+    words = ["pack", str(model_dir), uri, "--encrypt", "--key-file", str(bundle.key_file)]
+    assert command(environ, *words, "--wrap", "vault:transit/models") == 0
     return uri
+
+
+@pytest.fixture
+def rotated(s3: S3Server, s3_uri: str, bao: OpenBao, tmp_path: Path) -> Path:
+    """That bundle, fetched from the bucket, after both rotations: the wrapping key has a new
+    version, and another recipient is in the place of the first."""
+    directory = tmp_path / "rotated"
+    access = Access(s3=s3_access(s3))
+    for name, size in (list_names(s3_uri, access) or {}).items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = open_source(f"{s3_uri}/{name}", access)
+        path.write_bytes(source.read(0, size))
+        source.close()
+    bao.rotate("models")
+    environ = {"VAULT_ADDR": bao.url, "VAULT_TOKEN": bao.token}
+    add, remove = ("--add", "vault:transit/next"), ("--remove", "vault:transit/models")
+    assert command(environ, "rewrap", str(directory), *add, *remove) == 0
+    assert command(by_vault(bao, "models"), "verify", str(directory)) == 65
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +146,34 @@ class S3Run:
 
 @pytest.fixture(scope="module")
 def s3_run(
-    tmp_path_factory: pytest.TempPathFactory, s3: S3Server, s3_uri: str, bundle: Bundle
+    tmp_path_factory: pytest.TempPathFactory,
+    s3: S3Server,
+    s3_uri: str,
+    bundle: Bundle,
+    bao: OpenBao,
 ) -> Iterator[S3Run]:
-    """`up` from S3, every secret by value in the environment of `up` itself."""
+    """`up` from S3, its key unwrapped by OpenBao; each other secret by value in its environment."""
     api_key = "canary-" + secrets.token_hex(12)
+    unwrapping = by_vault(bao, "models")
     canaries = Canaries(
         {
             "key": bundle.key.hex().encode(),
             "raw key": bundle.key,
+            "vault token": unwrapping["VAULT_TOKEN"].encode(),
             "access key id": s3.access_key.encode(),
             "secret access key": s3.secret_key.encode(),
             "api key": api_key.encode(),
         }
     )
-    environ = s3.environment | {
-        "TENSORSERVE_MODEL_URI": s3_uri,
-        "TENSORSERVE_KEY": bundle.key.hex(),
-        "TENSORSERVE_VLLM_API_KEY": api_key,
-        "TENSORSERVE_VERIFY": "hashes",
-    }
+    environ = (
+        s3.environment
+        | unwrapping
+        | {
+            "TENSORSERVE_MODEL_URI": s3_uri,
+            "TENSORSERVE_VLLM_API_KEY": api_key,
+            "TENSORSERVE_VERIFY": "hashes",
+        }
+    )
     engine = Tensorserve(tmp_path_factory.mktemp("from-s3"), environ)
     metrics: list[bytes] = []
     with engine:
@@ -279,14 +335,14 @@ def process_of(engine: Tensorserve, what: str) -> int | None:
 
 
 def test_from_http_progress_is_seen_and_answers_are_equal(
-    tmp_path: Path, bundle: Bundle, reference: list[tuple[str, list[float]]]
+    tmp_path: Path, rotated: Path, bao: OpenBao, reference: list[tuple[str, list[float]]]
 ) -> None:
-    """A slowed server, so that there is a middle to look at."""
+    """A slowed server, so that there is a middle to look at. The bundle is the one of the start
+    from S3, its wrapping key rotated since then."""
     seen: list[float] = []
-    with RangeServer(bundle.directory, bytes_per_second=40e6) as server:
-        environ = {
+    with RangeServer(rotated, bytes_per_second=40e6) as server:
+        environ = by_vault(bao, "next") | {
             "TENSORSERVE_MODEL_URI": server.url,
-            "TENSORSERVE_KEY_FILE": str(bundle.key_file),
             # Else, where vLLM starts slowly, all of it is there before vLLM asks.
             "TENSORSERVE_PREFETCH": "off",
         }
@@ -386,10 +442,11 @@ def test_a_file_of_tensorizers_own_is_served_and_no_secret_shows(
 def test_a_crashed_engine_is_started_again_as_often_as_asked(
     tmp_path: Path, bundle: Bundle
 ) -> None:
-    """F13: once more here, then the container ends with the engine's code."""
+    """F13: once more here, then the container ends with the engine's code. The key by value is in
+    no other process's environment."""
     environ = {
         "TENSORSERVE_MODEL_URI": str(bundle.directory),
-        "TENSORSERVE_KEY_FILE": str(bundle.key_file),
+        "TENSORSERVE_KEY": bundle.key.hex(),
         "TENSORSERVE_ENGINE_RESTARTS": "1",
     }
     with Tensorserve(tmp_path, environ) as engine:
@@ -401,6 +458,13 @@ def test_a_crashed_engine_is_started_again_as_often_as_asked(
                 return len(begun) > number and process_of(engine, "vllm") is not None
 
             engine.wait_for(importing, 60)
+            shown = engine.log.read_bytes()
+            for pid in session_processes(engine.process.pid):
+                names = ("cmdline", *(("environ",) if pid != engine.process.pid else ()))
+                for name in names:
+                    with suppress(FileNotFoundError, ProcessLookupError):
+                        shown += Path(f"/proc/{pid}/{name}").read_bytes()
+            assert bundle.key.hex().encode() not in shown
             kill(process_of(engine, "vllm"))
         assert engine.process.wait(120) == 128 + signal.SIGKILL, engine.text[-4000:]
         assert [e["attempt"] for e in engine.events() if e["event"] == "start"] == [0, 1]

@@ -13,7 +13,9 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import container
 import pytest
+import vault
 import yaml
 from containers import complaints, needs_podman, tracebacks
 from queries import panels
@@ -36,7 +38,8 @@ pytestmark = needs_podman
 class Stack:
     """The demo's containers on free ports; all gone at the end, volumes and networks too."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: str = "demo") -> None:
+        self.profile = profile
         self.api, self.metrics, self.prometheus = free_ports(3)
         self._environment = os.environ | IMAGES | {
             "API": f"127.0.0.1:{self.api}",
@@ -46,12 +49,12 @@ class Stack:
         }  # fmt: skip
 
     def compose(self, *words: str, check: bool = True) -> str:
-        """`docker compose --profile demo WORDS`, by podman."""
+        """`docker compose --profile PROFILE WORDS`, by podman."""
         files = [ROOT / "compose.yaml", ROOT / "tests/image/compose.podman.yaml"]
         program = str(Path(sys.executable).with_name("podman-compose"))
         options = [word for file in files for word in ("--file", str(file))]
         done = subprocess.run(
-            [program, "--project-name", PROJECT, *options, "--profile", "demo", *words],
+            [program, "--project-name", PROJECT, *options, "--profile", self.profile, *words],
             env=self._environment,
             capture_output=True,
             text=True,
@@ -231,6 +234,35 @@ def test_the_gpu_service_has_gpus_limits_and_secret_files() -> None:
         assert f"/run/secrets/{secret}" in product["environment"].values()
     names = set(product["environment"])
     assert names.isdisjoint({"TENSORSERVE_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"})
+
+
+def test_the_vault_profile_gives_a_key_to_nobody() -> None:
+    """Not run here, for the time it takes: its parts are, in tests/unit/project and tests/e2e."""
+    product, demo = SERVICES["demo-vault"], SERVICES["demo"]
+    given = product["environment"]
+    assert given["TENSORSERVE_KEY_URI"] == vault.WRAPPING_KEY
+    assert given["VAULT_ADDR"] == vault.ADDRESS == "http://vault:8200"
+    assert given["VAULT_TOKEN_FILE"] == str(vault.token_file(Path("/run/demo"), "server"))
+    assert given["TENSORSERVE_MODEL_URI"] == container.WRAPPED_URI
+    assert not {name for name in given if name.endswith(("KEY", "TOKEN"))}
+    assert "TENSORSERVE_KEY_FILE" not in given
+    differ = {name for name in product if product[name] != demo.get(name)}
+    assert differ == {"profiles", "environment", "depends_on"}
+    holders = {
+        name
+        for name, service in SERVICES.items()
+        if any(str(volume).startswith("vault:") for volume in service.get("volumes", []))
+    }
+    assert holders == {"vault"}
+    needed = {"demo-vault", *product["depends_on"], *SERVICES["pack-vault"]["depends_on"]}
+    in_profile = {name for name, one in SERVICES.items() if "vault" in one.get("profiles", [])}
+    assert needed == in_profile == {"demo-vault", "pack-vault", "vault", "s3"}
+
+
+def test_the_vault_profile_is_a_configuration() -> None:
+    """As compose reads it, with what podman needs."""
+    stack = Stack(profile="vault")
+    assert "vault:8200" in stack.compose("config")
 
 
 @pytest.mark.parametrize("name", SERVICES)

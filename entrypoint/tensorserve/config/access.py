@@ -27,7 +27,14 @@ def access_for(settings: SourceSettings) -> Access:
 
 def services_for(settings: SourceSettings, say: Callable[[str], None] = lambda _: None) -> Services:
     """Addresses and credentials of key services. `say`: called when one has to be waited for."""
-    return Services(settings.vault, settings.s3, access_for(settings).policy, say)
+    return Services(
+        vault=settings.vault,
+        s3=settings.s3,
+        azure=settings.azure,
+        cdh_url=settings.cdh_url,
+        policy=access_for(settings).policy,
+        say=say,
+    )
 
 
 def key_for(settings: SourceSettings) -> ModelKey | None:

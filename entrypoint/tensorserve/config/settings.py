@@ -6,7 +6,6 @@ All mistakes are reported together. The variables are listed in `variables`.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +19,7 @@ from tensorserve.config.environment import FLAG_ALIASES, child_environment
 from tensorserve.config.tidying import PREFIXES, has_controls, stripped, tidied
 from tensorserve.config.variables import BY_NAME, VARIABLES, Variable, default_state_dir
 from tensorserve.config.vllm_arguments import Argument, Arguments, argument_of
+from tensorserve.crypto.secret_file import read_secret
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import REDACTED, Secret, redact_uri
 from tensorserve.sources.base import AzureAccess, GcsAccess, HubAccess, S3Access
@@ -29,7 +29,6 @@ from tensorserve.wrapping.base import VaultAccess
 PREFIX = "TENSORSERVE_"
 VLLM_PREFIX = "TENSORSERVE_VLLM_"
 HANDOFF_VARIABLE = "TENSORSERVE_INTERNAL_HANDOFF"
-MAX_SECRET_FILE_BYTES = 64 * 1024
 START_DEADLINE = 1800.0
 """Seconds. On H100s, starts were reported that were silent for 210 s (profiling and warm-up,
 vllm#44881) and built kernels for 202 s (vllm#47456); on few cores it is a multiple of that."""
@@ -113,6 +112,8 @@ class SourceSettings:
     key_uri: str | None
     """Who unwraps the key (wrapping.base.Reference); config/unwrapping.py then fills `key`."""
     key_fingerprint: str | None
+    cdh_url: str
+    """The Confidential Data Hub of this guest (wrapping/kbs.py)."""
     fetch_connections: int | None
     fetch_deadline: float
     """Seconds."""
@@ -433,26 +434,20 @@ class _Reader:
             self._bad_character(file_name)
             return None
         path = Path(self.environ[file_name])
+        origin = f"{file_name}={path}"
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_SECRET_FILE_BYTES + 1)
-        except OSError as error:
-            self._problem(
-                f"{file_name}={path}: {error.strerror}.",
-                f"Mount the secret there, readable by this user ({os.getuid()}:{os.getgid()}).",
-            )
-            return None
-        if len(data) > MAX_SECRET_FILE_BYTES:
-            self._problem(f"{file_name}={path} is larger than 64 KiB.", "Is it the right file?")
+            data = read_secret(path, origin).reveal()
+        except ConfigurationError as error:
+            self.problems.append(str(error))
             return None
         # Editors add a newline. A raw 32-byte key may end with that byte and is kept as it is.
         stripped = data if len(data) == 32 else data.rstrip(b"\r\n")
         if name in _RAW_KEYS and len(stripped) == 32:
             stripped = data  # 32 characters and a line end are text, not a raw key
         if not stripped:
-            self._problem(f"{file_name}={path} is empty.", "Write the secret into it.")
+            self._problem(f"{origin} is empty.", "Write the secret into it.")
             return None
-        return Secret(stripped, origin=f"{file_name}={path}")
+        return Secret(stripped, origin)
 
     def _check_public_key(self, key: Secret) -> None:
         from tensorserve.crypto.ed25519 import VerifyingKey

@@ -18,7 +18,7 @@ from tensorserve.errors import ConfigurationError
 from tensorserve.secret import redact_uri
 from tensorserve.sources.schemes import EXAMPLES, SCHEMES
 from tensorserve.sources.ssrf_guard import host_and_port
-from tensorserve.wrapping.base import VaultAccess
+from tensorserve.wrapping.base import CDH_URL, VaultAccess
 from tensorserve.wrapping.providers import parse_reference
 
 
@@ -295,6 +295,18 @@ def _mount(value: str, name: str) -> str:
     )
 
 
+def _loopback_url(value: str, name: str) -> str:
+    """What is answered there is a key in clear: it may not leave this machine."""
+    host, _ = host_and_port(value, name)
+    url = value.rstrip("/")
+    if host not in {"127.0.0.1", "::1", "localhost"} or not re.fullmatch(r"http://[^/?#@]+", url):
+        raise ConfigurationError(
+            f"{name}={_short(redact_uri(value))} is not an address of this machine.",
+            hint=f"For example {name}={CDH_URL}.",
+        )
+    return url
+
+
 def _names(value: str, _name: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[,\s]+", value) if part)
 
@@ -341,13 +353,15 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TENSORSERVE_KEY_URI", "key_uri", _key_uri, None,
         "The key by reference: who unwraps the one in the manifest (docs/keys.md).",
-        "`file:PATH`, `age:PATH`, `vault:MOUNT/KEY`, `vault://HOST/MOUNT/KEY`, `awskms:KEY`",
+        "`file:PATH`, `age:PATH`, `vault:MOUNT/KEY`, `vault://HOST/MOUNT/KEY`, `awskms:KEY`, "
+        "`gcpkms:NAME`, `azurekeyvault://VAULT/KEY`, `kbs:///REPOSITORY/TYPE/TAG`",
         shown_default="what the manifest names, where it is set up here",
     ),
     Variable(
         "TENSORSERVE_KEY_FINGERPRINT", "key_fingerprint", _fingerprint, None,
         "The only key that is accepted, by its public name, which `pack --wrap` and `rewrap` "
-        "print. Needed (or the pin below) where the key is wrapped for a public key (`age:`).",
+        "print. Needed (or the pin below) where the key is wrapped for a public key (`age:`, "
+        "`azurekeyvault:`).",
         "64 hex digits", shown_default="any key",
     ),
     Variable(
@@ -372,6 +386,10 @@ VARIABLES: tuple[Variable, ...] = (
         "TENSORSERVE_VAULT_AUTH_MOUNT", "vault.auth_mount", _mount, None,
         "Where the method to log in is mounted.", "path",
         shown_default="`kubernetes` or `approle`",
+    ),
+    Variable(
+        "TENSORSERVE_CDH_URL", "cdh_url", _loopback_url, CDH_URL,
+        "Where a confidential guest's data hub answers, for `kbs:`.", "http:// of this machine",
     ),
     Variable(
         "TENSORSERVE_HOST", "host", parse_host, "0.0.0.0", "Where the API listens.", "address"
@@ -424,9 +442,10 @@ VARIABLES: tuple[Variable, ...] = (
         "TENSORSERVE_VERIFY", "verify", _choice("auto", "hashes", "manifest", "tags"), "auto",
         "How encrypted weights are authenticated. `auto`: an authenticated manifest, else each "
         "tensor's own digest, and both where a signature is needed; `hashes`: the digests always; "
-        "`manifest`: such a manifest or no start (of plain weights: one that is pinned); `tags`: without such a manifest, each "
-        "chunk's tag alone (whoever can write the bundle can then exchange tensors). Plain "
-        "weights have no tags: a pinned bundle's digests are compared with every value.",
+        "`manifest`: such a manifest or no start (of plain weights: one that is pinned); `tags`: "
+        "without such a manifest, each chunk's tag alone (whoever can write the bundle can then "
+        "exchange tensors). Plain weights have no tags: a pinned bundle's digests are compared "
+        "with every value.",
         "`auto`, `hashes`, `manifest`, `tags`",
     ),
     Variable(

@@ -69,6 +69,7 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    kind: int = KIND_STATE_DICT
 
     @property
     def length(self) -> int:
@@ -336,7 +337,7 @@ def _place(
         length += 8 + len(_derivation(derivation)) if derivation else 0
     return TensorRecord(
         name=spec.name,
-        kind=KIND_STATE_DICT,
+        kind=spec.kind,
         dtype=spec.dtype,
         shape=spec.shape,
         header_offset=offset,

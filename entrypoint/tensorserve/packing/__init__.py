@@ -1,2 +1,2 @@
 """How is a bundle made (`tensorserve pack`) and signed (`tensorserve sign`), and its key wrapped
-(`tensorserve rewrap`)?"""
+(`rewrap`), and exchanged (`rekey`)?"""

@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store
+from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store, no_version
 from tensorserve.sources import Access
 from tensorserve.sources.azure_account import account_for
 from tensorserve.sources.azure_errors import Asked
@@ -43,7 +43,10 @@ class _AzureStore(Store):
             calls.close()
 
     def version(self, name: str) -> str:
-        return self._once("GET", name, {"Range": "bytes=0-0"}).headers.get("ETag", "")
+        found = self._once("GET", name, {"Range": "bytes=0-0"}).headers.get("ETag")
+        if not found:
+            raise no_version(f"az://{self.container}/{self._prefix}{name}")
+        return found
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         wanted = {"x-ms-blob-type": "BlockBlob", "If-Match": version}

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from tensorserve.bounded_json import read_json
 from tensorserve.errors import SourceUnavailableError
-from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store
+from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store, no_version
 from tensorserve.sources import Access
 from tensorserve.sources.calls import Answer, Calls
 from tensorserve.sources.cloud_account import CloudSigner
@@ -50,7 +50,10 @@ class _GcsStore(Store):
         where = quote(self._prefix + name, safe="")
         url = f"{self.base}/storage/v1/b/{self.bucket}/o/{where}?fields=generation"
         found = read_json(self._once("GET", url, self._prefix + name).body)
-        return str(found["generation"])
+        generation = found.get("generation") if isinstance(found, dict) else None
+        if not generation:
+            raise no_version(f"gs://{self.bucket}/{self._prefix}{name}")
+        return str(generation)
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         query = {"uploadType": "media", "name": self._prefix + name, "ifGenerationMatch": version}

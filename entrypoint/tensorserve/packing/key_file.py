@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 
 from tensorserve.bundle.keys import parse_key, parse_passphrase
+from tensorserve.crypto.secret_file import read_secret
 from tensorserve.errors import ConfigurationError, UsageError
 from tensorserve.format import KEY_SIZE
 from tensorserve.packing.disk_files import sync_directory
 from tensorserve.secret import Secret
-
-_MAX_KEY_FILE = 4096
 
 
 def prepare_key(
@@ -28,14 +27,14 @@ def prepare_key(
             "--key-file and --passphrase-file exclude each other.", hint="Leave one of them out."
         )
     if passphrase_file is not None:
-        passphrase = Secret(read_secret(passphrase_file), str(passphrase_file))
+        passphrase = read_secret(passphrase_file, f"The passphrase file {passphrase_file}")
         parse_passphrase(passphrase)
         return None, passphrase
     if key_file is None:
         return None, None
     made = _make_key(key_file)
     key = Secret(made, f"{key_file} (new: keep a copy)") if made else None
-    key = key or Secret(read_secret(key_file), str(key_file))
+    key = key or read_secret(key_file, f"The key file {key_file}")
     parse_key(key)
     return key, None
 
@@ -43,6 +42,13 @@ def prepare_key(
 def fresh_key() -> Secret:
     """A new random key that is in no file: it is only wrapped (`pack --wrap`)."""
     return Secret(os.urandom(KEY_SIZE), "memory (new: it is nowhere but wrapped in the manifest)")
+
+
+def new_key(key_file: Path | None) -> Secret:
+    """The key for a new bundle: that of `key_file`, which is made if it does not exist, or one that
+    is in no file. Raises as prepare_key."""
+    key = prepare_key(key_file, None)[0]
+    return fresh_key() if key is None else key
 
 
 def _make_key(path: Path) -> bytes | None:
@@ -70,20 +76,3 @@ def _make_key(path: Path) -> bytes | None:
             f"The key file {path} could not be written: {error.strerror}."
         ) from error
     return key
-
-
-def read_secret(path: Path, most: int = _MAX_KEY_FILE) -> bytes:
-    """The content of a small file with a secret, of at most `most` bytes.
-
-    Raises ConfigurationError if it cannot be read or is larger.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{path} could not be read: {error.strerror}.") from error
-    if len(data) > most:
-        raise ConfigurationError(
-            f"{path} has more than {most} bytes: it is not what it is given for."
-        )
-    return data

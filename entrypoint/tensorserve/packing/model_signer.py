@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from tensorserve.bundle.manifest import SIGNATURE
+from tensorserve.bundle.manifest import MANIFEST, SIGNATURE, FileEntry
 from tensorserve.bundle.model_signature import is_ignored, parse_signature, statement_of
 from tensorserve.bundle.signature_envelope import (
     certificate_material,
@@ -24,13 +24,11 @@ from tensorserve.bundle.signature_trust import (
     subject_of,
 )
 from tensorserve.crypto.ecdsa import EcSigningKey, EcVerifyingKey
+from tensorserve.crypto.secret_file import read_secret
 from tensorserve.errors import ConfigurationError
 from tensorserve.format.writer import Output
-from tensorserve.packing.key_file import read_secret
 from tensorserve.packing.pkcs11_key import SCHEME, Pkcs11Key
-from tensorserve.secret import Secret, redact_uri
-
-_MOST_CERTIFICATE_BYTES = 64 * 1024
+from tensorserve.secret import redact_uri
 
 
 class SigningKey(Protocol):
@@ -65,7 +63,7 @@ class ModelSigner:
         if str(key).startswith(SCHEME):
             signing = Pkcs11Key(str(key))
         else:
-            signing = EcSigningKey.parse(Secret(read_secret(Path(key)), str(key)))
+            signing = EcSigningKey.parse(read_secret(key, f"The signing key {key}"))
         return cls(signing, () if certificates is None else _read_certificates(certificates))
 
     def sign(self, files: Mapping[str, str], uri: str) -> bytes:
@@ -84,6 +82,17 @@ class ModelSigner:
         # Read again before it is written: what cannot be read must not replace what can.
         parse_signature(made, SIGNATURE, self.trust)
         return made
+
+    def sign_bundle(
+        self, tensors: Mapping[str, str], small: Iterable[FileEntry], manifest: bytes, uri: str
+    ) -> bytes:
+        """The same for a bundle of .tensors files ({name: SHA-256}), small files and manifest."""
+        files = {
+            **tensors,
+            **{entry.name: entry.sha256 for entry in small},
+            MANIFEST: hashlib.sha256(manifest).hexdigest(),
+        }
+        return self.sign(files, uri)
 
 
 class HashedOutput:
@@ -107,8 +116,9 @@ def _read_certificates(path: Path) -> tuple[bytes, ...]:
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding
 
+    data = read_secret(path, f"The certificate file {path}")
     try:
-        found = x509.load_pem_x509_certificates(read_secret(path, _MOST_CERTIFICATE_BYTES))
+        found = x509.load_pem_x509_certificates(data.reveal())
     except ValueError:
         found = []
     if not found:

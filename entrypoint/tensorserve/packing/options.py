@@ -11,8 +11,8 @@ from tensorserve.errors import UsageError
 
 if TYPE_CHECKING:
     # Every command imports this file; only `pack` needs these modules.
+    from tensorserve.packing.bundle_files import Progress
     from tensorserve.packing.model_signer import ModelSigner
-    from tensorserve.packing.pack import Progress
     from tensorserve.packing.pack_result import PackResult
     from tensorserve.sources import Access
     from tensorserve.wrapping.base import Services
@@ -42,8 +42,8 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="wrap the key for a recipient, in the manifest: file:PATH, age:RECIPIENT, "
-        "vault:MOUNT/KEY or awskms:KEY (docs/keys.md); may be repeated. Without --key-file the key "
-        "is new and nowhere else",
+        "vault:MOUNT/KEY, awskms:KEY, gcpkms:NAME or azurekeyvault://VAULT/KEY (docs/keys.md); may "
+        "be repeated. Without --key-file the key is new and nowhere else",
     )
     add_sign_options(pack)
     pack.add_argument(
@@ -100,7 +100,7 @@ def add_pack_options(pack: argparse.ArgumentParser) -> None:
 
 
 def add_sign_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options with which `pack`, `sign` and `rewrap` sign a bundle."""
+    """Adds the options with which commands that write a bundle sign it."""
     parser.add_argument(
         "--sign-key",
         metavar="PEM",

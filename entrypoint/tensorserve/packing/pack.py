@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from tensorserve.bundle.manifest import (
     Encryption,
     FileEntry,
     Manifest,
-    TensorsEntry,
     model_files,
 )
 from tensorserve.bundle.manifest_mac import Parameters
@@ -36,35 +35,34 @@ from tensorserve.bundle.stand_ins import stand_ins_of
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
 from tensorserve.format import (
     CHUNK_BYTES,
-    FileKey,
-    PasswordHash,
     fresh_password_hash,
-    plan_file,
-    write_file,
 )
 from tensorserve.launch.completeness import what_a_start_misses
+from tensorserve.packing.bundle_files import (
+    SPARE_BYTES,
+    Count,
+    Progress,
+    TensorsFile,
+    write_tensors,
+    write_whole,
+)
 from tensorserve.packing.checkpoint import Checkpoint, read_checkpoint
 from tensorserve.packing.destination import Destination, open_destination
 from tensorserve.packing.draft_checkpoint import refuse_drafts_alone
 from tensorserve.packing.dtype_conversion import Casting
-from tensorserve.packing.model_signer import HashedOutput, ModelSigner
+from tensorserve.packing.model_signer import ModelSigner
 from tensorserve.packing.nested_checkpoint import read_nested
 from tensorserve.packing.pack_result import PackResult
 from tensorserve.packing.rank_parameters import engine_parameters
 from tensorserve.packing.recipients import wrapped_for
-from tensorserve.packing.tensor_source import TensorsSource, from_checkpoint
+from tensorserve.packing.tensor_source import from_checkpoint
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
 from tensorserve.version import __version__
 from tensorserve.wrapping.base import Provider
 
-# Room for the manifest, headers, tags and the file system's metadata.
-_SPARE_BYTES = 16 * 1024**2
 _COPY_BYTES = 4 * 1024**2
-
-# (bytes of tensors written, bytes of tensors in all)
-Progress = Callable[[int, int], None]
 
 
 def pack(
@@ -153,7 +151,7 @@ def pack(
             casting.dtype_of if casting is not None and not folder else None,
         )
     ]
-    needed = sum(_size(one) for one in (*folders.values(), *nested.values())) + _SPARE_BYTES
+    needed = sum(_size(one) for one in (*folders.values(), *nested.values())) + SPARE_BYTES
     needed += sum(len(data) for _, data in stand_ins)
     # The destination is checked before vLLM spends time on building a model.
     destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
@@ -168,25 +166,25 @@ def pack(
             }
             named |= {bundle_name(name): from_checkpoint(one) for name, one in nested.items()}
             files = [
-                _File(name, source, opened_by is not None, derivation)
+                TensorsFile(name, source, opened_by is not None, derivation)
                 for name, source in named.items()
             ]
-            count = _Count(sum(file.plan.index.data_bytes for file in files), progress)
+            count = Count(sum(file.plan.index.data_bytes for file in files), progress)
             # The largest files are the likeliest to fail, so they come first. The manifest, which
             # makes the directory a bundle, comes last.
             signed: dict[str, str] | None = None if signer is None else {}
             tensors = {
-                file.name: _write_tensors(destination, file, opened_by, count, threads, signed)
+                file.name: write_tensors(destination, file, opened_by, count, threads, signed)
                 for file in files
             }
         small = tuple(
-            _write(destination, name, casting.config())
+            write_whole(destination, name, casting.config())
             if casting is not None and folder + name == "config.json"
             else _copy(destination, one, name, size, folder + name)
             for folder, one in folders.items()
             for name, size in one.files.items()
         )
-        small += tuple(_write(destination, name, data) for name, data in stand_ins)
+        small += tuple(write_whole(destination, name, data) for name, data in stand_ins)
         manifest = Manifest(
             files=small,
             tensors_files=tensors,
@@ -199,10 +197,9 @@ def pack(
             wrapped_keys=wrapped,
         ).to_json(opened_by, derivation)
         if signer is not None and signed is not None:
-            signed |= {entry.name: entry.sha256 for entry in small}
-            signed[MANIFEST] = hashlib.sha256(manifest).hexdigest()
-            _write(destination, SIGNATURE, signer.sign(signed, dest))
-        written = _write(destination, MANIFEST, manifest)
+            signature = signer.sign_bundle(signed, small, manifest, dest)
+            write_whole(destination, SIGNATURE, signature)
+        written = write_whole(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
         try:
@@ -264,32 +261,8 @@ def _notes(checkpoint: Checkpoint, code: bool) -> tuple[str, ...]:
     )
 
 
-class _File:
-    """A .tensors file to be written."""
-
-    def __init__(
-        self, name: str, source: TensorsSource, sealed: bool, derivation: PasswordHash | None
-    ) -> None:
-        self.name, self.source = name, source
-        self.plan = plan_file(source.specs, encrypted=sealed, derivation=derivation)
-
-
-class _Count:
-    """Bytes of tensors written so far, of all files."""
-
-    def __init__(self, whole: int, progress: Progress | None) -> None:
-        self.whole = whole
-        self._done = 0
-        self._progress = progress
-
-    def __call__(self, written: int) -> None:
-        self._done += written
-        if self._progress is not None:
-            self._progress(self._done, self.whole)
-
-
 def _size(checkpoint: Checkpoint) -> int:
-    """The approximate size in bytes; _SPARE_BYTES covers headers and tags."""
+    """The approximate size in bytes; SPARE_BYTES covers headers and tags."""
     return sum(t.length for t in checkpoint.tensors) + sum(checkpoint.files.values())
 
 
@@ -308,38 +281,6 @@ def _refuse_name_collisions(model: tuple[str, ...], folders: Mapping[str, Checkp
 def _weights(folder: str) -> str:
     """The .tensors file in an adapter's or the draft's folder."""
     return folder + (SINGLE if folder.startswith(f"{DRAFTS}/") else WEIGHTS)
-
-
-def _write_tensors(
-    destination: Destination,
-    file: _File,
-    key: FileKey | None,
-    count: _Count,
-    threads: int | None,
-    signed: dict[str, str] | None,
-) -> TensorsEntry:
-    """Writes one file; where `signed` is given, the file's SHA-256 is put into it."""
-    index = file.plan.index
-    with file.source.reading() as read, destination.create(file.name, index.size) as out:
-        hashed = None if signed is None else HashedOutput(out)
-        written = write_file(
-            hashed or out,
-            file.plan,
-            lambda record, start, view: read(record.name, start, view),
-            key=key,
-            on_bytes=count,
-            threads=threads,
-        )
-    if signed is not None and hashed is not None:
-        signed[file.name] = hashed.sha256()
-    return TensorsEntry(
-        size=index.size,
-        tensors=len(index.tensors),
-        data_bytes=index.data_bytes,
-        index_sha256=index.digest,
-        headers_sha256=written.headers_sha256,
-        digests=written.tensors if key is not None else None,
-    )
 
 
 def _copy(
@@ -361,12 +302,6 @@ def _copy(
     finally:
         source.close()
     return FileEntry(target, size, digest.hexdigest())
-
-
-def _write(destination: Destination, name: str, data: bytes) -> FileEntry:
-    with destination.create(name, len(data)) as out:
-        out.write(data)
-    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:

@@ -10,8 +10,20 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from tensorserve.errors import SourceUnavailableError
+
 # Sending 16 MiB takes much longer than a request's latency.
 PART_BYTES = 16 * 1024**2
+
+
+def no_version(name: str) -> SourceUnavailableError:
+    """The error for an object whose version the store does not tell: a condition that is empty
+    would be none."""
+    return SourceUnavailableError(
+        f"{name}: the answer has no ETag or generation, so that nothing can be written on "
+        "condition that it is still this version.",
+        hint="Ask the store itself, and not through a proxy that removes headers.",
+    )
 
 
 class PartUpload(ABC):

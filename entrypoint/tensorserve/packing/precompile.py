@@ -32,15 +32,15 @@ from tensorserve.config.unwrapping import with_key
 from tensorserve.config.variables import COMPILING
 from tensorserve.config.vllm_arguments import parse_arguments
 from tensorserve.crypto.ed25519 import SigningKey
+from tensorserve.crypto.secret_file import read_secret
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.format import PasswordHash, read_header
 from tensorserve.launch.compiled_cache import sealed_for
 from tensorserve.linux import end_with_parent
 from tensorserve.packing.destination import add_file, refuse_unwritable
-from tensorserve.packing.key_file import read_secret
 from tensorserve.packing.warm_requests import Engine, Sent, send_requests
 from tensorserve.packing.weight_scan import WeightScan, scan_for
-from tensorserve.secret import Secret, redact_uri
+from tensorserve.secret import redact_uri
 from tensorserve.telemetry import events_path, read_state
 from tensorserve.telemetry.compiled_keys import compiled_keys
 from tensorserve.telemetry.schema import CompiledCacheKnown
@@ -106,7 +106,7 @@ def precompile(
         settings = with_key(settings, plan.bundle_uri, say)
         signing_key = None
         if sign_key is not None:
-            signing_key = SigningKey.parse(Secret(read_secret(sign_key), str(sign_key)))
+            signing_key = SigningKey.parse(read_secret(sign_key, f"The signing key {sign_key}"))
         manifest, key = _sealable(settings, plan)
         with _removing_caches(settings.state_dir):
             with _running(environment, words) as process:

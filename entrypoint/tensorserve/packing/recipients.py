@@ -8,7 +8,7 @@ from tensorserve.bundle.wrapped_keys import MOST_RECIPIENTS, WrappedKeys
 from tensorserve.errors import ConfigurationError, UsageError
 from tensorserve.secret import Secret
 from tensorserve.wrapping.base import Provider, Services, WrappedKey, fingerprint_of
-from tensorserve.wrapping.providers import for_wrapping, parse_reference
+from tensorserve.wrapping.providers import for_wrapping, name_of, parse_reference
 
 
 def wrapped_for(
@@ -44,7 +44,7 @@ def without(
     left = list(recipients)
     for name in names:
         reference = parse_reference(name, "--remove")
-        key = reference.key
+        key = name_of(reference)
         if reference.kind == "file" and key.startswith("/"):
             # The manifest names a wrapping key by its fingerprint; either may be given.
             key = for_wrapping(name, services).key

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensorserve.errors import SourceUnavailableError
-from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store
+from tensorserve.packing.part_upload import PART_BYTES, PartUpload, Store, no_version
 from tensorserve.sources import Access
 from tensorserve.sources.retry import TryAgain
 from tensorserve.sources.s3 import s3_error, way_error
@@ -65,6 +65,8 @@ class Bucket:
         with self.explained(key):
             # GetObject is held back by this client (sources/s3_client.py).
             answer = self.client.head_object(Bucket=self.name, Key=key)
+        if not answer.get("ETag"):
+            raise no_version(f"s3://{self.name}/{key}")
         return str(answer["ETag"])
 
     def replace(self, key: str, data: bytes, version: str) -> bool:

@@ -11,19 +11,17 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from email.utils import formatdate
 from ipaddress import ip_address
-from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from tensorserve.errors import ConfigurationError, PermissionDeniedError
+from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
 from tensorserve.sources.base import AzureAccess
-from tensorserve.sources.cloud_account import CloudAccount, Shared, said
+from tensorserve.sources.cloud_account import CloudAccount, Shared
+from tensorserve.sources.entra_token import EntraToken
 from tensorserve.sources.library_logs import hold_back
-from tensorserve.sources.retry import TryAgain
 from tensorserve.sources.ssrf_guard import host_and_port
 
 # Known to every service and emulator of the last years; later versions change nothing that is used.
@@ -49,7 +47,6 @@ class AzureAccount(CloudAccount):
         """Raises ConfigurationError if there is no account, or what is given contradicts itself."""
         super().__init__()
         hold_back()
-        self._access = access
         given = _connection(access.connection_string)
         self.name = given.get("accountname") or access.account or ""
         self.endpoint = _endpoint(given, self.name)
@@ -61,8 +58,7 @@ class AzureAccount(CloudAccount):
         self._sas = ""
         if self._key is None and (sas or access.sas_token is not None):
             self._sas = (sas or access.sas_token.reveal_text()).lstrip("?&")  # type: ignore[union-attr]
-        self._credential: Any = None
-        self._token = ""
+        self._entra = EntraToken(access, _SCOPE, "az:// without a key or a SAS", _HINT)
 
     def url(self, container: str, name: str, query: str = "") -> str:
         """Of a blob, or of a container for an empty `name`; with the SAS, if there is one."""
@@ -88,20 +84,12 @@ class AzureAccount(CloudAccount):
         return found
 
     def _bearer(self) -> str:
-        """A valid token. azure-identity keeps it, and renews it some minutes before it expires."""
+        """A valid token."""
         _refuse_plain(self.endpoint)
-        with provider_errors():
-            if self._credential is None:
-                self._credential = _find(self._access)
-            self._token = str(self._credential.get_token(_SCOPE).token)
-        return self._token
+        return self._entra.get()
 
     def _renewed(self) -> bool:
-        if self._key is not None or self._sas or self._credential is None:
-            return False
-        before = self._token
-        self._credential = None  # it would give the token that it keeps
-        return self._bearer() != before
+        return self._key is None and not self._sas and self._entra.renewed()
 
 
 def _string_to_sign(
@@ -191,58 +179,6 @@ def _refuse_plain(endpoint: str) -> None:
             "The storage account's endpoint is plain http, over which no token is sent.",
             hint="Use https in AZURE_STORAGE_CONNECTION_STRING.",
         )
-
-
-def _find(access: AzureAccess) -> Any:
-    try:
-        from azure.identity import ClientSecretCredential, DefaultAzureCredential
-    except ImportError as error:
-        raise ConfigurationError(
-            "az:// without a key or a SAS needs azure-identity, which is not installed here.",
-            hint="Install it: pip install 'tensorserve[azure]'. Or set AZURE_STORAGE_KEY or "
-            "AZURE_STORAGE_SAS_TOKEN, which need no library.",
-        ) from error
-    if access.client_secret is not None and access.tenant_id and access.client_id:
-        return ClientSecretCredential(
-            access.tenant_id, access.client_id, access.client_secret.reveal_text()
-        )
-    return DefaultAzureCredential()
-
-
-@contextmanager
-def provider_errors() -> Iterator[None]:
-    """Turns azure-identity's errors into this package's, as CloudAccount.authorized raises them."""
-    try:
-        yield
-    except (ConfigurationError, PermissionDeniedError, TryAgain):
-        raise
-    except (ValueError, OSError) as error:
-        raise ConfigurationError(
-            f"The Azure credentials could not be read: {said(error)}.",
-            hint="Check AZURE_TENANT_ID, AZURE_CLIENT_ID, AZURE_AUTHORITY_HOST and "
-            "AZURE_FEDERATED_TOKEN_FILE.",
-        ) from error
-    except Exception as error:
-        raise _explained(error) from error
-
-
-def _explained(error: Exception) -> Exception:
-    from azure.core.exceptions import (
-        AzureError,
-        ClientAuthenticationError,
-        ServiceRequestError,
-        ServiceResponseError,
-    )
-
-    if isinstance(error, ServiceRequestError | ServiceResponseError):
-        return TryAgain("credentials", f"Entra ID cannot be reached: {said(error)}")
-    if isinstance(error, ClientAuthenticationError):  # "no credentials found" is one too
-        return PermissionDeniedError(
-            f"The Azure credentials could not be obtained or renewed: {said(error)}.", hint=_HINT
-        )
-    if isinstance(error, AzureError):
-        return TryAgain("credentials", f"Entra ID answers with an error: {said(error)}")
-    return error
 
 
 account_for = Shared(AzureAccount)

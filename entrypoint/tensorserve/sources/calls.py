@@ -40,12 +40,15 @@ class Answer:
 class Calls:
     """Sends requests about the object or prefix `name`. Thread-safe; close it at the end."""
 
-    def __init__(self, access: Access, signer: CloudSigner, name: str) -> None:
+    def __init__(
+        self, access: Access, signer: CloudSigner, name: str, rule: ProxyRule | None = None
+    ) -> None:
+        """`rule` selects the proxy, by default as the environment says."""
         hold_back()
         self._policy = access.policy
         self._signer = signer
         self._name = name
-        self._pools = Pools(access, None, ProxyRule())
+        self._pools = Pools(access, None, rule or ProxyRule())
 
     def send(
         self,
@@ -71,6 +74,13 @@ class Calls:
                         raise
             except TryAgain as cause:
                 attempts.failed(cause)
+
+    def once(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | bytearray = b""
+    ) -> Answer:
+        """The same with one attempt. Raises TryAgain where another may succeed, and the sources'
+        errors."""
+        return self._attempt(method, url, headers, body, frozenset())
 
     def close(self) -> None:
         """Closes all connections."""

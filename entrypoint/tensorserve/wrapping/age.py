@@ -14,10 +14,10 @@ import hmac
 import re
 from typing import Any
 
+from tensorserve.crypto.secret_file import read_absolute
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
 from tensorserve.wrapping.base import Binding, Provider, Reference, Services, WrappedKey, foreign
-from tensorserve.wrapping.small_files import read_small
 
 _RECIPIENT = re.compile(r"age1[02-9ac-hj-np-z]{58}")
 _DIGEST_BYTES = 32
@@ -117,7 +117,7 @@ def to_wrap(reference: Reference, _services: Services) -> Provider:
     """The recipient of age:age1…, or of the first identity in age:/PATH. Raises
     ConfigurationError."""
     if reference.host is None and reference.key.startswith("/"):
-        return _Recipient(_Identities(read_small(reference.key, "The age identity")).key)
+        return _Recipient(_Identities(read_absolute(reference.key, "The age identity")).key)
     if reference.host is not None or not _RECIPIENT.fullmatch(reference.key):
         raise _no_recipient(str(reference))
     return _Recipient(reference.key)
@@ -127,7 +127,7 @@ def to_unwrap(reference: Reference, _services: Services) -> Provider:
     """The identities in age:PATH. Raises ConfigurationError."""
     if reference.host is not None or not reference.key.startswith("/"):
         raise _needs_identity(str(reference) if _RECIPIENT.fullmatch(reference.key) else "This")
-    return _Identities(read_small(reference.key, "The age identity"))
+    return _Identities(read_absolute(reference.key, "The age identity"))
 
 
 def _identity(line: str, origin: str) -> Any:

@@ -25,7 +25,7 @@ from tensorserve.sources.retry import TryAgain
 from tensorserve.sources.s3_client import S3Account, account_for
 from tensorserve.sources.s3_credentials import passes, provider_errors
 from tensorserve.wrapping.base import Binding, Provider, Reference, Services, WrappedKey, foreign
-from tensorserve.wrapping.waiting import asked_again
+from tensorserve.wrapping.service_key import ServiceKey
 
 _ARN = re.compile(
     r"arn:aws[a-z-]*:kms:(?P<region>[a-z0-9-]+):[0-9]{12}:(key|alias)/[A-Za-z0-9/_-]+"
@@ -40,27 +40,18 @@ _FOREIGN = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
 _UNUSABLE = frozenset({"DisabledException", "KMSInvalidStateException", "InvalidKeyUsageException"})
 
 
-class _KmsKey(Provider):
+class _KmsKey(ServiceKey):
     kind = "awskms"
     proves_sender = True
 
     def __init__(self, key: str, host: str | None, services: Services) -> None:
         """`key`: an ID, an alias or an ARN; empty: the one of the entry that is unwrapped."""
-        self._key = key
+        super().__init__(key, services)
         self._host = host
-        self._services = services
 
-    @property
-    def key(self) -> str:
-        """ID, alias or ARN."""
-        return self._key
-
-    def describe(self, key: str = "") -> str:
-        """As Provider.describe."""
-        return self._named(self._key or key)
-
-    def _named(self, key: str) -> str:
-        account: S3Account = account_for(self._services.s3)
+    def named(self, key: str) -> str:
+        """As ServiceKey.named."""
+        account: S3Account = account_for(self.services.s3)
         place = self._host or self._region(key, account)
         return f"awskms:{key} in {place}"
 
@@ -89,7 +80,7 @@ class _KmsKey(Provider):
 
     def _ask(self, verb: str, key: str, binding: Binding, **given: bytes) -> Any:
         def ask() -> Any:
-            account: S3Account = account_for(self._services.s3)
+            account: S3Account = account_for(self.services.s3)
             with provider_errors():
                 client = account.other_client(
                     "kms",
@@ -101,7 +92,7 @@ class _KmsKey(Provider):
                     KeyId=key, EncryptionContext=binding.context(), **given
                 )
 
-        return asked_again(self._named(key), self._services, ask)
+        return self.asked(key, ask)
 
     def _region(self, key: str, account: S3Account) -> str:
         arn = _ARN.fullmatch(key)
@@ -117,7 +108,7 @@ class _KmsKey(Provider):
             PartialCredentialsError,
         )
 
-        name, action = self._named(key), f"kms:{verb.capitalize()}"
+        name, action = self.named(key), f"kms:{verb.capitalize()}"
         try:
             yield
         except ClientError as error:

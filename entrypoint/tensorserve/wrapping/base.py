@@ -11,9 +11,10 @@ from typing import ClassVar
 from tensorserve.crypto.hkdf import hkdf_sha256
 from tensorserve.errors import ConfigurationError, WrongKeyError
 from tensorserve.secret import Secret, redact_uri
-from tensorserve.sources.base import RetryPolicy, S3Access
+from tensorserve.sources.base import AzureAccess, RetryPolicy, S3Access
 
 KEY_BYTES = 32
+CDH_URL = "http://127.0.0.1:8006"
 _FINGERPRINT_INFO = b"tensorserve key fingerprint v1"
 _KIND = re.compile(r"[a-z][a-z0-9]{1,15}")
 
@@ -82,6 +83,10 @@ class Services:
     vault: VaultAccess = field(default_factory=VaultAccess)
     s3: S3Access = field(default_factory=S3Access)
     """Of AWS, for its KMS too: credentials, region and CAs."""
+    azure: AzureAccess = field(default_factory=AzureAccess)
+    """For its service principal."""
+    cdh_url: str = CDH_URL
+    """The Confidential Data Hub of this guest, on this machine."""
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     say: Callable[[str], None] = lambda _: None
     """Called with one sentence when a service has to be waited for."""

@@ -1,4 +1,4 @@
-"""A wrapping key in a file: 32 bytes, AES-256-GCM (NIST SP 800-38D) with a random nonce.
+"""A wrapping key in a file: 32 bytes, AES-256-GCM with a random nonce.
 
 For a secret that an orchestrator mounts, where one wrapping key serves many models. The manifest
 names the wrapping key by its fingerprint, never by its path.
@@ -7,12 +7,11 @@ names the wrapping key by its fingerprint, never by its path.
 from __future__ import annotations
 
 import base64
-import binascii
-import os
-from typing import TYPE_CHECKING
 
+from tensorserve.crypto.aes_gcm import seal, unseal
 from tensorserve.crypto.hkdf import hkdf_sha256
 from tensorserve.crypto.key_text import key_bytes
+from tensorserve.crypto.secret_file import read_absolute
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
 from tensorserve.wrapping.base import (
@@ -24,12 +23,7 @@ from tensorserve.wrapping.base import (
     WrappedKey,
     foreign,
 )
-from tensorserve.wrapping.small_files import read_small
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-_NONCE_BYTES = 12
 _NAME_INFO, _NAME_BYTES = b"tensorserve wrapping key name v1", 8
 
 
@@ -56,27 +50,17 @@ class FileKey(Provider):
 
     def wrap(self, model_key: Secret, binding: Binding) -> str:
         """As Provider.wrap: base64 of nonce, ciphertext and tag."""
-        nonce = os.urandom(_NONCE_BYTES)
-        sealed = self._cipher().encrypt(nonce, model_key.reveal(), binding.text())
-        return base64.b64encode(nonce + sealed).decode()
+        sealed = seal(self._secret.reveal(), model_key.reveal(), binding.text())
+        return base64.b64encode(sealed).decode()
 
     def unwrap(self, entry: WrappedKey, binding: Binding) -> bytes:
         """As Provider.unwrap."""
-        from cryptography.exceptions import InvalidTag
-
         try:
+            # binascii's error is a ValueError.
             box = base64.b64decode(entry.wrapped, validate=True)
-            nonce, sealed = box[:_NONCE_BYTES], box[_NONCE_BYTES:]
-            opened: bytes = self._cipher().decrypt(nonce, sealed, binding.text())
-        except (binascii.Error, ValueError, InvalidTag) as error:
+            return unseal(self._secret.reveal(), box, binding.text())
+        except ValueError as error:
             raise foreign(self.describe()) from error
-        return opened
-
-    def _cipher(self) -> AESGCM:
-        # Imported here: it takes some hundredths of a second, and most starts need none.
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-        return AESGCM(self._secret.reveal())
 
 
 def to_wrap(reference: Reference, _services: Services) -> Provider:
@@ -86,14 +70,19 @@ def to_wrap(reference: Reference, _services: Services) -> Provider:
             f"{reference}: a wrapping key is in a file of this machine.",
             hint="For example file:/run/secrets/wrapping-key.",
         )
-    secret = read_small(reference.key, "The wrapping key")
+    return FileKey(wrapping_key(read_absolute(reference.key, "The wrapping key")))
+
+
+def wrapping_key(secret: Secret) -> Secret:
+    """The 32 bytes in `secret`: raw, or as hex or base64. Raises ConfigurationError, which names
+    its origin."""
     key = key_bytes(secret.reveal())
     if key is None:
         raise ConfigurationError(
             f"The wrapping key {secret.origin} is not {KEY_BYTES} bytes, raw or as hex or base64.",
             hint="Make one with `openssl rand -hex 32`.",
         )
-    return FileKey(Secret(key, secret.origin))
+    return Secret(key, secret.origin)
 
 
 to_unwrap = to_wrap

@@ -21,8 +21,8 @@ class Kind:
 
     module: str
     """The module of this package."""
-    wraps: str
-    """An example for `--wrap`."""
+    wraps: str | None
+    """An example for `--wrap`; None: it only unwraps."""
     unwraps: str
     """An example for TENSORSERVE_KEY_URI."""
     from_manifest: bool = False
@@ -35,6 +35,11 @@ KINDS = {
     "age": Kind("age", "age:age1…", "age:/run/secrets/age-identity"),
     "vault": Kind("vault", "vault:transit/models", "vault:transit/models", from_manifest=True),
     "awskms": Kind("awskms", "awskms:alias/models", "awskms:alias/models", from_manifest=True),
+    "gcpkms": Kind("gcpkms", "gcpkms:projects/…/cryptoKeys/K", "gcpkms:projects/…/cryptoKeys/K"),
+    "azurekeyvault": Kind(
+        "azurekeyvault", "azurekeyvault://my-vault/models", "azurekeyvault://my-vault/models"
+    ),
+    "kbs": Kind("kbs", None, "kbs:///default/wrapping-key/models"),
 }
 EXAMPLES = ", ".join(kind.unwraps for kind in KINDS.values())
 """One of each kind, for messages."""
@@ -76,6 +81,13 @@ def named_by_manifest(entry: WrappedKey, services: Services) -> Provider | None:
     ):
         return None
     return for_unwrapping(Reference(entry.provider, None, ""), services)
+
+
+def name_of(reference: Reference) -> str:
+    """What a manifest calls the key of `reference`, of a kind that opens no file for it."""
+    module = _module(reference.kind)
+    name: str = module.name_of(reference) if hasattr(module, "name_of") else reference.key
+    return name
 
 
 def shown(reference: Reference, services: Services) -> str:

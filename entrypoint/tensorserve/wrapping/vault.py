@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tensorserve.crypto.secret_file import read_absolute
 from tensorserve.errors import (
     ConfigurationError,
     PermissionDeniedError,
@@ -39,8 +40,7 @@ from tensorserve.wrapping.base import (
     WrappedKey,
     foreign,
 )
-from tensorserve.wrapping.small_files import read_small
-from tensorserve.wrapping.waiting import asked_again
+from tensorserve.wrapping.service_key import ServiceKey
 
 # Of a mount's path and of a key: no part that is only dots, which would lead to another path.
 _PART = r"(?!\.+(?:/|$))[A-Za-z0-9_.-]+"
@@ -51,7 +51,7 @@ _NO_KEY = ("encryption key not found", "no existing key named")
 _FOREIGN = ("message authentication failed", "invalid ciphertext", "decryption failed", "base64")
 
 
-class _Transit(Provider):
+class _Transit(ServiceKey):
     kind = "vault"
     proves_sender = True
 
@@ -59,21 +59,12 @@ class _Transit(Provider):
         """`key`: MOUNT/NAME; empty: the one of the entry that is unwrapped."""
         if key:
             _split(key)
-        self._access = access
-        self._key = key
-        self._services = services
+        super().__init__(key, services)
+        self.access = access
 
-    @property
-    def key(self) -> str:
-        """MOUNT/NAME."""
-        return self._key
-
-    def describe(self, key: str = "") -> str:
-        """As Provider.describe."""
-        return self._named(self._key or key)
-
-    def _named(self, key: str) -> str:
-        return f"vault:{key} at {self._access.address}"
+    def named(self, key: str) -> str:
+        """As ServiceKey.named."""
+        return f"vault:{key} at {self.access.address}"
 
     def wrap(self, model_key: Secret, binding: Binding) -> str:
         """As Provider.wrap: what transit gives, `vault:v1:…`."""
@@ -87,7 +78,7 @@ class _Transit(Provider):
         try:
             return base64.b64decode(plain, validate=True)
         except binascii.Error as error:
-            raise foreign(self._named(key)) from error
+            raise foreign(self.named(key)) from error
 
     def _ask(
         self, verb: str, key: str, given: dict[str, str], binding: Binding, wanted: str
@@ -97,18 +88,18 @@ class _Transit(Provider):
         data = given | {"associated_data": base64.b64encode(binding.text()).decode()}
 
         def ask() -> str:
-            with _session(self._access) as client, _explained(self, key, where):
+            with _session(self.access) as client, _explained(self, key, where):
                 answer = client.adapter.post(where, json=data)
             found = answer.get("data") if isinstance(answer, dict) else None
             value = found.get(wanted) if isinstance(found, dict) else None
             if not isinstance(value, str):
                 raise SourceUnavailableError(
-                    f"{self._named(key)}: what answers is no transit engine.",
+                    f"{self.named(key)}: what answers is no transit engine.",
                     hint="Check the address and the mount; a redirect is not followed.",
                 )
             return value
 
-        return asked_again(self._named(key), self._services, ask)
+        return self.asked(key, ask)
 
 
 def to_wrap(reference: Reference, services: Services) -> Provider:
@@ -199,7 +190,7 @@ def _session(access: VaultAccess) -> Iterator[Any]:
 
 def _log_in(client: Any, access: VaultAccess) -> bool:
     if access.kubernetes_role is not None:
-        jwt = read_small(access.jwt_file, "The service account's token")
+        jwt = read_absolute(access.jwt_file, "The service account's token")
         mount = access.auth_mount or "kubernetes"
         _at_login(
             access,
@@ -251,8 +242,8 @@ def _at_login(access: VaultAccess, mount: str, log_in: Callable[[], object]) -> 
 def _explained(transit: _Transit, key: str, where: str) -> Iterator[None]:
     """Turns hvac's errors about one request into this package's; TryAgain for what passes."""
     errors = _library().exceptions
-    name = transit._named(key)
-    with _transport(str(transit._access.address)):
+    name = transit.named(key)
+    with _transport(str(transit.access.address)):
         try:
             yield
         except errors.VaultError as error:

@@ -127,7 +127,7 @@ def test_a_key_of_the_wrong_length_is_refused_without_showing_it() -> None:
 def test_an_unreadable_secret_file_says_which_and_why() -> None:
     """The usual mistake: the secret is not mounted."""
     message = only_problem(URI | {"TENSORSERVE_KEY_FILE": "/nonexistent/key"})
-    assert "TENSORSERVE_KEY_FILE=/nonexistent/key: No such file or directory" in message
+    assert "TENSORSERVE_KEY_FILE=/nonexistent/key cannot be read: No such file" in message
 
 
 def test_key_and_passphrase_exclude_each_other() -> None:

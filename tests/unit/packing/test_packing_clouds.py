@@ -20,6 +20,7 @@ from azure_blobs import make_container
 from cloud_servers import azurite, gcs_server
 from faultserver import Asked, FaultServer, Reply
 from hf_samples import SMALL_FILES, make_model
+from http_server import Handler, HttpServer
 from tensorserve.bundle.keys import parse_key
 from tensorserve.bundle.manifest import MANIFEST
 from tensorserve.bundle.verify import verify
@@ -36,10 +37,12 @@ from tensorserve.packing.part_upload import PartUpload, Store
 from tensorserve.secret import Secret
 from tensorserve.sources import (
     Access,
+    AzureAccess,
     GcsAccess,
     NotFoundError,
     ReplacedError,
     RetryPolicy,
+    S3Access,
     list_names,
     open_source,
 )
@@ -118,6 +121,36 @@ def test_a_manifest_is_replaced_only_as_it_was_read(place: Place, model: Path) -
         with pytest.raises(ReplacedError):
             replace_version(uri, MANIFEST, b"[]", access, read)
         assert content(f"{uri}/{MANIFEST}", access) == b"{}"
+
+
+@pytest.mark.parametrize("scheme", ["az", "gs", "s3"])
+def test_an_answer_without_a_version_is_refused(scheme: str) -> None:
+    """An empty If-Match would be no condition: 69, and nothing is written."""
+    asked: list[str] = []
+
+    class Silent(Handler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.answer(200, {}, b"{}")
+
+        do_HEAD = do_GET
+
+    with HttpServer(Silent) as front:
+        account = f"AccountName=acc;AccountKey=YQ==;BlobEndpoint={front.url}/acc;"
+        access = Access(
+            s3=S3Access(
+                endpoint_url=front.url,
+                region="r",
+                access_key_id=Secret("a"),
+                secret_access_key=Secret("b"),
+            ),
+            gcs=GcsAccess(emulator_host=front.url),
+            azure=AzureAccess(connection_string=Secret(account, "a test")),
+            policy=POLICY,
+        )
+        with pytest.raises(SourceUnavailableError, match=f"{scheme}://models/m/.*no ETag"):
+            version_of(f"{scheme}://models/m", MANIFEST, access)
+    assert len(asked) == 1
 
 
 def test_google_is_asked_for_one_generation() -> None:

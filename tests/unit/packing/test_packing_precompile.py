@@ -88,7 +88,7 @@ def test_places_that_cannot_be_written(bundle: Path) -> None:
 
 def test_a_bad_sign_key(bundle: Path, tmp_path: Path) -> None:
     environ = {"TENSORSERVE_KEY": KEY.hex()}
-    assert "could not be read" in refused(bundle, environ, tmp_path / "missing")
+    assert "cannot be read" in refused(bundle, environ, tmp_path / "missing")
     (tmp_path / "bad").write_text("no key")
     assert "not an Ed25519 private key" in refused(bundle, environ, tmp_path / "bad")
 

@@ -22,11 +22,12 @@ from tensorserve.errors import ConfigurationError, CorruptError, UsageError, Wro
 from tensorserve.packing import rewrap as module
 from tensorserve.packing.destination import replace_version, version_of
 from tensorserve.packing.pack import pack
+from tensorserve.packing.recipients import without
 from tensorserve.packing.rewrap import Rewrapped, rewrap
 from tensorserve.packing.sign import sign
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, NotFoundError, ReplacedError
-from tensorserve.wrapping.base import Services
+from tensorserve.wrapping.base import Services, WrappedKey
 from tensorserve.wrapping.providers import for_wrapping
 
 KEY = GivenKey(bytes(range(32)), "the test")
@@ -145,6 +146,24 @@ def test_a_bundle_without_wrapped_keys_gets_them(tmp_path: Path) -> None:
     pack(make_model(tmp_path / "hf"), place.uri, access=ACCESS, key=Secret(KEY.reveal()))
     place.rewrap(add="a")
     assert place.opens("a")
+
+
+def test_a_recipient_is_removed_however_it_is_written() -> None:
+    """As --wrap had it, or as the manifest has it."""
+    google = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
+    entries = [
+        WrappedKey("gcpkms", google, "x"),
+        WrappedKey("azurekeyvault", "my-vault/models", "x"),
+        WrappedKey("vault", "transit/models", "x"),
+    ]
+    for names in (
+        [f"gcpkms:{google}", "azurekeyvault:my-vault/models"],
+        [f"gcpkms://{google}", "azurekeyvault://My-Vault/models"],
+        [f"gcpkms://kms.example/{google}", "azurekeyvault://my-vault/models/"],
+    ):
+        assert without(entries, names, Services()) == (entries[2],)
+    with pytest.raises(UsageError, match="not wrapped for it"):
+        without(entries, ["kbs:///a/b/c"], Services())
 
 
 def test_nobody_left_is_refused(disk: Place) -> None:

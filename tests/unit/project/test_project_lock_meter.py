@@ -76,7 +76,7 @@ def test_waiting_for_a_processor_does_not_count(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert 0.95 < found["loop"] < 1.01
     assert 0.9 < found["loops"] < 1.01
-    assert found["in_c"] < 0.05
+    assert found["in_c"] < 0.3
     assert found["several_in_c"] < 0.05
 
 
