@@ -74,10 +74,10 @@ def test_waiting_for_a_processor_does_not_count(tmp_path: Path) -> None:
     command = [sys.executable, __file__]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     found = json.loads(done.stdout)
-    assert 0.95 < found["loop"] < 1.01
-    assert 0.9 < found["loops"] < 1.01
+    assert 0.8 < found["loop"] < 1.01
+    assert 0.8 < found["loops"] < 1.01
     assert found["in_c"] < 0.3
-    assert found["several_in_c"] < 0.05
+    assert found["several_in_c"] < 0.3
 
 
 if __name__ == "__main__":
