@@ -175,8 +175,12 @@ class Tuning:
     # Ranks that load one file together --------------------------------------------------------
 
     window_part: int = 4
-    """1/N of a load's memory is for what goes from rank to rank, the rest for the rank's own part.
-    Guess.
+    """At most 1/N of a load's memory is for what goes from rank to rank, the rest for the rank's
+    own part. Guess.
+    """
+    window_jobs: int = 2
+    """... and no more than so many jobs' bytes of each rank: one message on its way, and one that
+    waits for the consumer. Guess.
     """
     gathered_bytes: int = _MIB
     """Tensors up to this length go to the other ranks together with their neighbours, up to

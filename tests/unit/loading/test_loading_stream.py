@@ -324,6 +324,33 @@ def test_memory_beyond_the_connections_is_for_tensors_in_flight(tmp_path: Path) 
             assert torch.equal(tensor, tensors[record.name])
 
 
+def test_what_waits_for_other_ranks_is_not_read_far_ahead(tmp_path: Path) -> None:
+    """Whatever the memory, a job for each connection is complete, and another may be under way."""
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path))
+    tensors = {f"{n:03}": torch.full((MIB,), n, dtype=torch.uint8) for n in range(64)}
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    source = MemorySource(path.read_bytes())
+    data = {record.data_offset for record in read_index(source).tensors}
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=False,
+        key=None,
+        options=LoadOptions(connections=1, ahead_bytes=1024 * MIB),
+        progress=LoadProgress(),
+        paced=True,
+    ) as stream:
+        (worker,) = (t for t in threading.enumerate() if t.name == "tensorserve-load-0")
+        least = DEFAULTS.job_bytes // MIB
+        wait_for(lambda: sum(at in data for at, _ in source.reads) >= least)
+        worker.join(0.2)  # it would go on
+        assert sum(at in data for at, _ in source.reads) <= 2 * least
+        for record, tensor in stream:
+            assert torch.equal(tensor, tensors[record.name])
+
+
 def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:
     """Nothing is read for it, and its shape is kept."""
     path = tmp_path / "model.tensors"
