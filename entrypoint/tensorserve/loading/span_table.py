@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from tensorserve.linux import can_populate
 from tensorserve.sources.scatter_read import Filling, Sink
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+# PyBUF_WRITE (object.h).
+_PYBUF_WRITE = 0x200
 
 
 class _Cipher(ctypes.Structure):
@@ -37,9 +39,9 @@ class _Tensor(ctypes.Structure):
         ("place", ctypes.c_void_p),
         ("length", ctypes.c_int64),
         ("cipher", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("nonce", ctypes.c_void_p),
-        ("tags", ctypes.c_void_p),
+        ("key", ctypes.c_char_p),
+        ("nonce", ctypes.c_char_p),
+        ("tags", ctypes.c_char_p),
         ("chunk_bytes", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
         ("partials", ctypes.c_void_p),
@@ -174,7 +176,24 @@ def _cipher() -> _Cipher:
     )
 
 
-def _address(memory: memoryview) -> tuple[int, Any]:
+@lru_cache(maxsize=1024)
+def _array(kind: Any, count: int) -> Any:
+    """The type of `count` in a row: ctypes makes a new class for each length, which takes longer
+    than all else that is done for a job's table.
+    """
+    return kind * count
+
+
+@cache
+def _view() -> Any:
+    """(address, bytes, flags) -> a memoryview, without a class for each length."""
+    found = ctypes.pythonapi.PyMemoryView_FromMemory
+    found.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+    found.restype = ctypes.py_object
+    return found
+
+
+def _address(memory: memoryview | bytearray) -> tuple[int, Any]:
     """(the address of `memory`, what keeps it)."""
     kept = ctypes.c_ubyte.from_buffer(memory)
     return ctypes.addressof(kept), kept
@@ -206,7 +225,7 @@ class TensorMemory:
         self.address = ctypes.addressof(self._c)
         """Of the structure in C."""
         self._kept: list[Any] = []
-        self._failed: Any = None
+        self._failed: bytearray | None = None
         if header is not None:
             self._open_with(header, key)
 
@@ -217,20 +236,18 @@ class TensorMemory:
         assert key is not None
         self._c.chunks = chunks.count
         self._c.chunk_bytes = self._c.length if chunks.count == 1 else chunks.chunk_size
-        self._c.key, self._c.nonce, self._c.tags = (
-            self._keep(ctypes.create_string_buffer(text, len(text)))
-            for text in (key, chunks.nonce, chunks.tags)
-        )
-        self._c.partials = self._keep((ctypes.c_void_p * chunks.count)())
-        self._failed = (ctypes.c_ubyte * chunks.count)()
-        self._c.failed = ctypes.addressof(self._failed)
+        self._c.key, self._c.nonce, self._c.tags = key, chunks.nonce, chunks.tags
+        self._c.partials = self._keep(bytearray(chunks.count * ctypes.sizeof(ctypes.c_void_p)))
+        self._failed = bytearray(chunks.count)
+        self._c.failed = self._keep(self._failed)
 
     def __del__(self) -> None:
         self._functions.tensor_free(ctypes.byref(self._c))
 
-    def _keep(self, memory: Any) -> int:
-        self._kept.append(memory)
-        return ctypes.addressof(memory)
+    def _keep(self, memory: bytearray) -> int:
+        address, kept = _address(memory)
+        self._kept.append(kept)
+        return address
 
     @property
     def is_sealed(self) -> bool:
@@ -270,7 +287,7 @@ class TensorMemory:
         [start, start + length) came: `data`, or None where they are in their place, sealed.
         """
         failures = ctypes.c_int32()
-        address = None if data is None else (ctypes.c_ubyte * length).from_buffer(data)
+        address, _kept = (None, None) if data is None else _address(data)
         finished = self._functions.tensor_take(
             self.address, start, address, length, ctypes.byref(failures)
         )
@@ -278,6 +295,8 @@ class TensorMemory:
 
     def failed(self, start: int, stop: int) -> list[int]:
         """The chunks of bytes [start, stop) that did not authenticate; each is told once."""
+        if self._failed is None:
+            return []
         size = self._c.chunk_bytes
         stop = min(stop, self._c.length)
         found = [i for i in range(start // size, -(-stop // size)) if self._failed[i]]
@@ -320,9 +339,9 @@ class SpanTable(Filling):
         found = functions()
         assert found is not None
         self._functions = found
-        self.spans = (SpanState * spans)()
-        self.rows = (Row * max(1, rows))()
-        self._event = (ctypes.c_int32 * max(1, rows))()
+        self.spans = _array(SpanState, spans)()
+        self.rows = _array(Row, max(1, rows))()
+        self._event: ctypes.Array[ctypes.c_int32] = _array(ctypes.c_int32, max(1, rows))()
         address, self._buffer = _address(buffer)
         self._called = called
         self._callback = Callback(self._guarded)
@@ -390,7 +409,8 @@ class SpanTable(Filling):
         """See `Filling`."""
         room = ctypes.c_int64()
         address = self._functions.room(self._state, ctypes.byref(room))
-        return memoryview((ctypes.c_ubyte * room.value).from_address(address)).cast("B")
+        view: memoryview = _view()(address, room.value, _PYBUF_WRITE)
+        return view
 
     def ends_with(self, count: int) -> bool:
         """See `Filling`."""
