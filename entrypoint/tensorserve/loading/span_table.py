@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from copy import copy
+from enum import IntEnum
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,12 @@ class _Tensor(ctypes.Structure):
         ("early_room", ctypes.c_int32),
         ("waits", ctypes.c_int32),
         ("lock", ctypes.c_int32),
+        ("expected", ctypes.c_char_p),
+        ("expected_size", ctypes.c_int64),
+        ("head", ctypes.c_void_p),
+        ("head_size", ctypes.c_int64),
+        ("file_key", ctypes.c_char_p),
+        ("headed", ctypes.c_int32),
     )
 
 
@@ -66,7 +73,17 @@ class Row(ctypes.Structure):
         ("failures", ctypes.c_int32),
         ("complete", ctypes.c_int32),
         ("early", ctypes.c_int32),
+        ("header", ctypes.c_int32),
     )
+
+
+class Caller(IntEnum):
+    """Who assembles a span. The values are those of span_table.c."""
+
+    C = 0
+    PYTHON = 1
+    C_IF_EXPECTED = 2
+    """C where all headers in it are as expected, else Python."""
 
 
 class SpanState(ctypes.Structure):
@@ -225,7 +242,8 @@ class TensorMemory:
         self.address = ctypes.addressof(self._c)
         """Of the structure in C."""
         self._kept: list[Any] = []
-        self._failed: bytearray | None = None
+        self._failed: bytearray | memoryview | None = None
+        self._head: bytearray | None = None
         if header is not None:
             self._open_with(header, key)
 
@@ -249,10 +267,29 @@ class TensorMemory:
         self._kept.append(kept)
         return address
 
+    def expect(self, fixed: bytes, length: int, key: bytes | None) -> None:
+        """The header, of `length` bytes, may be taken by C, if it begins with the index's `fixed`
+        fields (format's `fixed_fields`), and the rest is as usual. `key`: None for a plain file.
+        """
+        self._head = bytearray(length)
+        self._c.expected, self._c.expected_size = fixed, len(fixed)
+        self._c.head, self._c.head_size = self._keep(self._head), length
+        self._c.file_key = key
+
+    @property
+    def expects(self) -> bool:
+        """Whether `expect` was called."""
+        return self._head is not None
+
+    @property
+    def head(self) -> bytes | None:
+        """The header that C has taken; None where it took none."""
+        return bytes(self._head) if self._head is not None and self._c.headed else None
+
     @property
     def is_sealed(self) -> bool:
         """Whether the header has come, and says so."""
-        return self._failed is not None
+        return bool(self._c.chunks)
 
     def let_go(self) -> None:
         """Nothing more is written there. A job that goes on may still look at the structure."""
@@ -296,7 +333,9 @@ class TensorMemory:
     def failed(self, start: int, stop: int) -> list[int]:
         """The chunks of bytes [start, stop) that did not authenticate; each is told once."""
         if self._failed is None:
-            return []
+            if not self._c.failed:
+                return []
+            self._failed = _view()(self._c.failed, self._c.chunks, _PYBUF_WRITE)
         size = self._c.chunk_bytes
         stop = min(stop, self._c.length)
         found = [i for i in range(start // size, -(-stop // size)) if self._failed[i]]
@@ -306,8 +345,9 @@ class TensorMemory:
 
 
 class SpanTable(Filling):
-    """A `Filling` that C fills. `rows` are planned by the caller, up to the next span that has
-    `call` set: C calls `called` with its number, which plans those behind it.
+    """A `Filling` that C fills. `rows` are planned by the caller, up to the next span whose `call`
+    is not `Caller.C`: where it is Python's, C calls `called` with its number, which may plan those
+    behind it.
     """
 
     def __init__(

@@ -411,6 +411,7 @@ class TensorStream:
         )
         if self._receiver.in_c and record.length:
             tensor.in_c = TensorMemory(view, None, None, waits=True)
+            self._assembler.expect_header(tensor)
         self._admitted.put(tensor)
         return tensor
 
