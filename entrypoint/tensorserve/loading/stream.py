@@ -389,7 +389,7 @@ class TensorStream:
         host = record.length if gathered else ahead if staging is None else 0
         device = ahead if staging is not None else 0
         with self._changed:
-            if self._paced and self._waiting_bytes >= self._concurrency.target * DEFAULTS.job_bytes:
+            if self._paced and self._waiting_bytes >= self._concurrency.target * DEFAULTS.short_job_bytes:
                 return None  # the consumer can take a tensor
             if not self._memory.take(host, device, self._concurrency.after_next_step):
                 return None

@@ -42,7 +42,7 @@ class Tuning:
     """
     long_job_seconds: float = 1.0
     """A tensor at the begin of a long job is there so much earlier than the next job's. Guess."""
-    long_job_share: int = 4
+    long_job_share: int = 2
     """A job is longer than `job_bytes` only as long as each connection has so many of them to do:
     a short load's tensors come one after the other. Guess.
     """
