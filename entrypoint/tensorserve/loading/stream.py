@@ -78,8 +78,9 @@ class TensorStream:
     together in host memory first. A tensor that is not `staged` stays in host memory, for example
     one of which the consumer takes a slice; one that `place` gives memory for is staged always.
 
-    `paced`: no more than a job for each connection waits complete for the consumer. That is for one
-    that waits for other ranks: what it will not take soon would only fill the memory.
+    `paced`: where a short job for each connection waits complete for the consumer, no tensor is
+    begun. That is for one that waits for other ranks: what it will not take soon would only fill
+    the memory.
     """
 
     def __init__(
@@ -389,7 +390,8 @@ class TensorStream:
         host = record.length if gathered else ahead if staging is None else 0
         device = ahead if staging is not None else 0
         with self._changed:
-            if self._paced and self._waiting_bytes >= self._concurrency.target * DEFAULTS.short_job_bytes:
+            enough = self._concurrency.target * DEFAULTS.short_job_bytes
+            if self._paced and self._waiting_bytes >= enough:
                 return None  # the consumer can take a tensor
             if not self._memory.take(host, device, self._concurrency.after_next_step):
                 return None
