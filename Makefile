@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SITE_VENV := .venv-docs
 LOCKS := docker/requirements-cpu.lock docker/requirements-dev.lock docker/requirements-demo.lock docker/requirements-test.lock
-BUILD := entrypoint/hatch_build.py $(wildcard entrypoint/tensorserve/*/*.c)
+BUILD := entrypoint/hatch_build.py $(wildcard entrypoint/tensorserve/*/*.[ch])
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: help

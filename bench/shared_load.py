@@ -145,9 +145,9 @@ def _load(rank: int, store: str, uri: str, key_file: str, shares: bool) -> dict[
     from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
     from tensorserve.loading.agreement import agree, offer_of
     from tensorserve.loading.buffer_pool import BufferPool
+    from tensorserve.loading.load_memory import shared_memory
     from tensorserve.loading.rank_group import RankGroup
     from tensorserve.loading.shared_stream import SharedStream
-    from tensorserve.loading.tuning import DEFAULTS
     from tensorserve.sources import Access, open_source
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
@@ -160,8 +160,8 @@ def _load(rank: int, store: str, uri: str, key_file: str, shares: bool) -> dict[
         record.name: _half(rank, torch.ones(record.shape, dtype=torch.bfloat16)).clone()
         for record in index.tensors
     }
-    window = _LIMIT // DEFAULTS.window_part if shares else 0
-    options = LoadOptions(ahead_bytes=_LIMIT - window)
+    memory = shared_memory(_LIMIT, RANKS)
+    options = LoadOptions(ahead_bytes=memory.own if shares else _LIMIT)
 
     def gather(offer: Any) -> list[Any]:
         found: list[Any] = [None] * RANKS
@@ -171,7 +171,7 @@ def _load(rank: int, store: str, uri: str, key_file: str, shares: bool) -> dict[
     def stream(records: Any, *, whole: bool) -> TensorStream:
         return TensorStream(
             source, records, encrypted=True, key=key, options=options, progress=progress,
-            check_whole=whole,
+            check_whole=whole, paced=not whole,
         )  # fmt: skip
 
     dist.barrier()
@@ -181,11 +181,10 @@ def _load(rank: int, store: str, uri: str, key_file: str, shares: bool) -> dict[
             offer = offer_of(source, index, None, index.tensors, most=None)
             agreement = agree(offer, index, rank, gather)
             group = RankGroup(agreement.name, rank, RANKS, torch.device("cpu"))
-            kept = window // DEFAULTS.kept_part
             reading: Any = SharedStream(
                 stream(agreement.opened(index.tensors, rank), whole=False),
                 agreement.messages, group, source, options,
-                window=window - kept, memory=BufferPool(kept).take,
+                window=memory.window, memory=BufferPool(memory.kept).take,
             )  # fmt: skip
         else:
             reading = stream(index.tensors, whole=True)

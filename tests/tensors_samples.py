@@ -46,6 +46,9 @@ class FixedKey:
     key: bytes = KEY
     origin: str = "the test"
 
+    @property
+    def of_all_headers(self) -> None: ...
+
     def for_header(self, header: TensorHeader) -> bytes:  # noqa: ARG002
         return self.key
 

@@ -6,18 +6,24 @@ replays those that were worth keeping.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 from tensorizer.serialization import TensorType, _MetadataDeserializer
 
+from tensorserve import loading
+from tensorserve.crypto.backends import NONCE_SIZE, TAG_SIZE
 from tensorserve.errors import CorruptError
 from tensorserve.format import (
     ITEM_SIZES,
     FileIndex,
     TensorHeader,
     TensorRecord,
+    fixed_fields,
     parse_header,
     read_index,
     read_tensor,
@@ -51,6 +57,8 @@ class FixedKey:
     """The key that the corpus is sealed with."""
 
     origin = "the fuzzer"
+
+    of_all_headers = KEY
 
     def for_header(self, header: TensorHeader) -> bytes:  # noqa: ARG002
         return KEY
@@ -140,7 +148,15 @@ def _check_header(data: bytes, *, sealed: bool) -> None:
         is_meta=False,
         long_shape=False,
     )
-    header = parse_header(record, data, encrypted=sealed, source_name="fuzzed")
+    taken = _taken_by_c(record, data, sealed=sealed)
+    try:
+        header = parse_header(record, data, encrypted=sealed, source_name="fuzzed")
+    except CorruptError:
+        assert taken is None, "C takes a header that Python refuses"
+        raise
+    if taken is not None:
+        assert header.key_derivation is None
+        assert taken == _sealing(header)
     assert len(header.hashed) <= len(data)
     kinds = {name for name, _ in header.hashes}
     assert (set() if sealed else {"sha256"}) <= kinds <= {"sha256", "crc32"}
@@ -155,6 +171,48 @@ def _check_header(data: bytes, *, sealed: bool) -> None:
         assert len(header.chunks.chunk_nonce(number)) == 24
         at = stop
     assert at == RECORD_LENGTH
+
+
+def _sealing(header: TensorHeader) -> tuple[int, int, bytes, bytes]:
+    """Number and size of its chunks, nonce, tags."""
+    chunks = header.chunks
+    if chunks is None:
+        return 0, 0, b"", b""
+    size = RECORD_LENGTH if chunks.count == 1 else chunks.chunk_size
+    return chunks.count, size, chunks.nonce, chunks.tags
+
+
+def _taken_by_c(
+    record: TensorRecord, data: bytes, *, sealed: bool
+) -> tuple[int, int, bytes, bytes] | None:
+    """The same as loading/tensor_header.h has it; None where it leaves the header to Python."""
+    library = _span_table()
+    if library is None:
+        return None
+    fixed, found = fixed_fields(record), (ctypes.c_int64 * 4)()
+    exact = ctypes.create_string_buffer(data, max(1, len(data)))  # a read beyond it is a finding
+    if not library.tensor_header_fits(
+        exact,
+        ctypes.c_int64(len(data)),
+        fixed,
+        ctypes.c_int64(len(fixed)),
+        int(sealed),
+        ctypes.c_int64(record.length),
+        found,
+    ):
+        return None
+    chunks, size, nonce, tags = found
+    if not chunks:
+        return 0, 0, b"", b""
+    return chunks, size, data[nonce : nonce + NONCE_SIZE], data[tags : tags + TAG_SIZE * chunks]
+
+
+@cache
+def _span_table() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(Path(loading.__file__).with_name("_span_table.so")))
+    except OSError:
+        return None
 
 
 def repaired(data: bytes) -> bytes:

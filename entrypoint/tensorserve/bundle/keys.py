@@ -47,6 +47,11 @@ class GivenKey:
         """The 32-byte key, for encryption."""
         return self._key.reveal()
 
+    @property
+    def of_all_headers(self) -> bytes:
+        """The 32-byte key."""
+        return self._key.reveal()
+
     def for_header(self, header: TensorHeader) -> bytes:
         """The 32-byte key, also if the file has passphrase parameters: the key may be the one
         that was derived from that passphrase."""
@@ -77,6 +82,10 @@ class Passphrase:
     def origin(self) -> str:
         """Where the passphrase came from, for messages."""
         return self._passphrase.origin
+
+    @property
+    def of_all_headers(self) -> None:
+        """Each header may have parameters of its own."""
 
     def for_header(self, header: TensorHeader) -> bytes:
         """The 32-byte key of the file that ``header`` is from, derived once for equal parameters.

@@ -33,6 +33,7 @@ from tensorserve.loading.agreement import Agreement, agree, offer_of
 from tensorserve.loading.block_cache import BlockCache
 from tensorserve.loading.buffer_pool import BufferPool
 from tensorserve.loading.gpu_staging import GpuStaging
+from tensorserve.loading.load_memory import shared_memory
 from tensorserve.loading.numa import near
 from tensorserve.loading.prefetch import PrefetchedSource
 from tensorserve.loading.rank_group import RankGroup
@@ -243,6 +244,8 @@ class RankStream:
             staging=staging,
             staged=self._is_staged,
             check_whole=not self._shared,
+            # On a GPU the device's own budget bounds it.
+            paced=self._shared and staging is None,
         )
 
     # With other ranks -----------------------------------------------------------------------------
@@ -259,12 +262,10 @@ class RankStream:
         group = self._group()
         failed = True
         try:
-            window = options.ahead_bytes // DEFAULTS.window_part
             if staging is None:
-                kept = window // DEFAULTS.kept_part
+                ahead, window, kept = shared_memory(options.ahead_bytes, group.size)
                 memory = BufferPool(kept).take
-                options = replace(options, ahead_bytes=options.ahead_bytes - window)
-                window -= kept
+                options = replace(options, ahead_bytes=ahead)
             else:
                 window, memory = staging.ahead_bytes, staging.received
             records = self._agreement.opened((), group.rank)

@@ -8,6 +8,7 @@ section, i64 data length. Fields that are in the index too must be equal there.
 from __future__ import annotations
 
 import hashlib
+import struct
 import zlib
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,7 +98,26 @@ class FileKey(Protocol):
 
     @property
     def origin(self) -> str: ...
+    @property
+    def of_all_headers(self) -> bytes | None: ...  # the key; None if it depends on the header
     def for_header(self, header: TensorHeader) -> bytes: ...
+
+
+def fixed_fields(record: TensorRecord) -> bytes:
+    """What the index says of a tensor's header: its first fields, without the module's number,
+    which is two bytes behind the first eight. loading/tensor_header.h compares with it.
+    """
+    dtype = record.raw_dtype.encode()
+    dimensions, width = len(record.shape), "Q" if record.long_shape else "I"
+    return b"".join(
+        (
+            struct.pack("<QBH", record.header_length, record.kind, len(record.raw_name)),
+            record.raw_name,
+            bytes([len(dtype)]),
+            dtype,
+            struct.pack(f"<B{dimensions}{width}", dimensions, *record.shape),
+        )
+    )
 
 
 def parse_header(

@@ -102,9 +102,22 @@ class Assembler:
         """
         if row.failures:
             assert tensor.in_c is not None
-            self._decryption.failed(tensor, tensor.in_c, row.start, row.start + row.length)
+            self._parse_header_of_c(tensor)
+            stop = tensor.record.length if row.header else row.start + row.length
+            self._decryption.failed(tensor, tensor.in_c, row.start, stop)
             return self._finished(tensor, row.finished)
         return bool(row.complete) and self._checked(tensor)
+
+    def expect_header(self, tensor: PendingTensor) -> None:
+        """C may take the tensor's header, where nobody asks for its digests."""
+        if tensor.in_c is not None and self._digests is None:
+            self._decryption.expect_in_c(tensor.record, tensor.in_c)
+
+    def _parse_header_of_c(self, tensor: PendingTensor) -> None:
+        """Of a tensor of which something is to be read again."""
+        with tensor.lock:
+            if tensor.header is None and tensor.in_c is not None and tensor.in_c.head is not None:
+                tensor.header = self.headers.parse(tensor.record, tensor.in_c.head)
 
     def _keep_early(
         self, tensor: PendingTensor, start: int, stop: int, data: memoryview
@@ -156,6 +169,8 @@ class Assembler:
 
     def _checked(self, tensor: PendingTensor) -> bool:
         """All of a tensor is plain text."""
+        if tensor.header is None and tensor.in_c is not None and tensor.in_c.head is not None:
+            self.headers.keep(tensor.record, tensor.in_c.head)
         self._recovery.apply_second_header(tensor)
         if self._digests is not None:
             self._digests.check(tensor)

@@ -6,7 +6,6 @@ decryption (docs/measurements.md, `limits`).
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
 import weakref
@@ -37,7 +36,7 @@ class BufferPool:
             return torch.empty(count, dtype=torch.uint8)
         block = self._fitting(count) or _fresh(count)
         # torch holds this object as long as any tensor uses the memory.
-        owner = (ctypes.c_ubyte * count).from_buffer(block)
+        owner = memoryview(block)
         weakref.finalize(owner, self._returned.put, block)
         return torch.frombuffer(owner, dtype=torch.uint8, count=count)
 

@@ -19,6 +19,8 @@ from tensorserve.format import (
     StripOpener,
     TagMismatchError,
     TensorHeader,
+    TensorRecord,
+    fixed_fields,
     open_tensor_chunk,
     opens_strips,
 )
@@ -48,6 +50,7 @@ class ChunkDecryption:
         self._recovery = recovery
         self._progress = progress
         # Asked for sealed files alone: plain ones are served without libsodium, too.
+        self._encrypted = encrypted
         self._incremental = encrypted and opens_strips()
 
     def memory(self, tensor: PendingTensor, header: TensorHeader) -> TensorMemory | None:
@@ -92,6 +95,16 @@ class ChunkDecryption:
         if opened:
             self._progress.stage(Stage.DECRYPT, opened, time.monotonic() - began)
         return finished
+
+    def expect_in_c(self, record: TensorRecord, memory: TensorMemory) -> None:
+        """C may take the tensor's header, unless the key depends on what stands there."""
+        key = None
+        if self._encrypted:
+            assert self._key is not None
+            key = self._key.of_all_headers
+            if key is None:
+                return
+        memory.expect(fixed_fields(record), record.header_length, key)
 
     def failed(self, tensor: PendingTensor, memory: TensorMemory, start: int, stop: int) -> None:
         """Read the chunks of [start, stop) again that did not authenticate in C."""

@@ -2,15 +2,38 @@
 
 Of the host memory, a part is kept for later tensors, a part is for the connections' buffers, and
 the rest, at least half, for tensors that the consumer has not taken yet. Tensors that wait on a
-device have a budget of their own there.
+device have a budget of their own there. Where ranks share a load, each has a part for what goes
+from rank to rank.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from tensorserve.loading.buffer_pool import BufferPool
 from tensorserve.loading.byte_budget import ByteBudget
 from tensorserve.loading.gpu_staging import GpuStaging
 from tensorserve.loading.tuning import DEFAULTS
+
+
+class SharedMemory(NamedTuple):
+    """Bytes of host memory of a rank that shares a load."""
+
+    own: int
+    """For the part that it opens itself (`LoadOptions.ahead_bytes`)."""
+    window: int
+    """For messages that are on their way, or wait for the consumer."""
+    kept: int
+    """For memory of messages that waits to be used again."""
+
+
+def shared_memory(limit: int, ranks: int) -> SharedMemory:
+    """How a rank of `ranks` divides its `limit`."""
+    lent = limit // DEFAULTS.window_part
+    kept = lent // DEFAULTS.kept_part
+    window = min(lent - kept, ranks * DEFAULTS.window_jobs * DEFAULTS.job_bytes)
+    kept = min(kept, window)
+    return SharedMemory(limit - window - kept, window, kept)
 
 
 class LoadMemory:

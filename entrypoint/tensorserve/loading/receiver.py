@@ -7,6 +7,7 @@ another thread. Plain tensors for host memory are received where they belong.
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -161,7 +162,8 @@ class Receiver:
         """The thread's own."""
         strip: memoryview | None = getattr(self._own, "strip", None)
         if strip is None:
-            strip = self._own.strip = memoryview(bytearray(self._strip))
+            # Its pages come as C writes them. A bytearray's are zeroed here, with Python's lock.
+            strip = self._own.strip = memoryview(mmap.mmap(-1, self._strip, mmap.MAP_PRIVATE))
         return strip
 
     def _is_placed(self, span: Span[PendingTensor]) -> bool:

@@ -1,9 +1,9 @@
 /* What a job's bytes become, without the interpreter's lock: each span is put where it belongs, and sealed chunks are
  * opened as they come.
  *
- * A tensor's header may come after some of its bytes: these are put in their place as they are, and opened when Python
- * has parsed the header (tensor_ready). C counts what is plain text, and tells Python of rows that completed a tensor or
- * did not authenticate (`events`).
+ * A tensor's header may come after some of its bytes: these are put in their place as they are, and opened when the
+ * header is known (tensor_ready). One that is as expected is taken here (tensor_header.h), else Python parses it. C counts
+ * what is plain text, and tells Python of rows that completed a tensor or did not authenticate (`events`).
  *
  * fetch.c calls table_take from libcurl's callback; Python calls it for bytes that it has read itself. Several jobs
  * bring pieces of one chunk, in any order: struct chunk is shared by their threads. The cipher's functions are given by
@@ -17,6 +17,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#include "tensor_header.h"
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -71,6 +73,12 @@ typedef struct {
     int32_t early_count, early_room;
     int32_t waits;      /* for the header, which says whether bytes are sealed */
     int32_t lock;
+    const uint8_t *expected; /* of the header; NULL: Python parses it */
+    int64_t expected_size;
+    uint8_t *head; /* memory for the header */
+    int64_t head_size;
+    const uint8_t *file_key; /* NULL: the file is plain */
+    int32_t headed; /* whether the header was taken here: `partials` and `failed` are of calloc */
 } tensor;
 
 /* Bytes [start, start + length) of a tensor, within one span. */
@@ -81,13 +89,14 @@ typedef struct {
     int32_t failures; /* chunks of these that did not authenticate: Python counts `finished` */
     int32_t complete; /* whether that was the last of the tensor */
     int32_t early;    /* whether the header had not come */
+    int32_t header;   /* whether it is the header, of `length` bytes; what it has finished may be all of the tensor */
 } row;
 
 typedef struct {
     int64_t length;
     uint8_t *direct; /* received in its place; NULL: into the thread's buffer first */
     int32_t first_row, rows;
-    int32_t call;    /* Python assembles it, and plans the rows of those behind it */
+    int32_t call;    /* enum caller */
     int32_t claimed; /* by the thread whose copy is used */
     int32_t mine;    /* whether that was this table's thread */
 } span;
@@ -109,6 +118,9 @@ typedef struct {
     int32_t stopped, finished;
     int32_t events;
 } table;
+
+/* Who assembles a span: C; Python, which may plan the rows behind it; C where all headers in it are as expected. */
+enum caller { BY_C, BY_PYTHON, BY_C_IF_EXPECTED };
 
 static int64_t now(void)
 {
@@ -382,16 +394,68 @@ EXPORTED void tensor_free(tensor *t)
     }
     free(t->early);
     t->early = NULL;
+    if (t->headed) {
+        free(t->partials);
+        free(t->failed);
+        t->partials = NULL;
+        t->failed = NULL;
+    }
+}
+
+/* A header that fits has come. */
+static int64_t take_header(row *r)
+{
+    tensor *t = r->t;
+    int64_t taken;
+    header_fields fields;
+    (void)header_fits(t->head, t->head_size, t->expected, t->expected_size, t->file_key != NULL, t->length, &fields);
+    if (fields.chunks) {
+        t->partials = calloc((size_t)fields.chunks, sizeof(partial *));
+        t->failed = calloc((size_t)fields.chunks, 1);
+        if (t->partials == NULL || t->failed == NULL) {
+            abort(); /* no memory for nine bytes a chunk */
+        }
+        t->nonce = fields.nonce;
+        t->tags = fields.tags;
+        t->chunks = fields.chunks;
+        t->chunk_bytes = fields.chunk_bytes;
+        t->key = t->file_key;
+    }
+    t->headed = 1;
+    r->finished = tensor_ready(t, &taken, &r->failures) + 1;
+    return t->key == NULL ? 0 : taken;
 }
 
 /* Spans ------------------------------------------------------------------------------------------------------- */
+
+/* Whether all headers of a span are as expected; they are in their memory then. */
+static int headers_fit(const table *b, const span *s, const uint8_t *data)
+{
+    header_fields fields;
+    for (int i = s->first_row; i < s->first_row + s->rows; i++) {
+        const row *r = &b->rows[i];
+        const tensor *t = r->t;
+        if (r->header) {
+            memcpy(t->head, data, (size_t)r->length);
+            if (!header_fits(t->head, t->head_size, t->expected, t->expected_size, t->file_key != NULL, t->length,
+                             &fields)) {
+                return 0;
+            }
+        }
+        data += r->length;
+    }
+    return 1;
+}
 
 /* What is in a span's rows has come: `data`, or NULL where it was received in its place. */
 static void settle(table *b, const span *s, const uint8_t *data)
 {
     for (int i = s->first_row; i < s->first_row + s->rows; i++) {
         row *r = &b->rows[i];
-        if (data == NULL) {
+        if (r->header) {
+            b->opened += take_header(r);
+            data += r->length;
+        } else if (data == NULL) {
             r->finished = r->length;
         } else {
             put(r, data);
@@ -420,16 +484,21 @@ static int complete(table *b, int number, const uint8_t *data)
     if (s->direct == NULL) {
         s->mine = table_claim(b, number);
     }
-    if (s->call) {
+    if (s->call == BY_C_IF_EXPECTED && s->mine && !headers_fit(b, s, data)) {
+        s->call = BY_PYTHON;
+    }
+    if (s->call == BY_PYTHON) {
         bad = b->call(number);
     } else if (s->mine) {
         settle(b, s, s->direct == NULL ? data : NULL);
     }
     b->filled = 0;
     b->began = now();
-    if (!s->call) {
+    if (s->call != BY_PYTHON) {
         b->opening += b->began - began;
-        b->fetched += s->rows ? s->length : 0;
+        for (int i = s->first_row; i < s->first_row + s->rows; i++) {
+            b->fetched += b->rows[i].header ? 0 : b->rows[i].length;
+        }
     }
     return bad;
 }
@@ -518,6 +587,21 @@ EXPORTED void table_run(table *b, int number, int r, tensor *t, int64_t start, i
             .length = end - start, .direct = direct ? t->place + start : NULL, .first_row = r++, .rows = 1};
         start = end;
     }
+}
+
+/* For the fuzzer: as header_fits; gives chunks and bytes of a chunk, and where nonce and tags begin. */
+EXPORTED int tensor_header_fits(const uint8_t *data, int64_t size, const uint8_t *expected, int64_t fixed, int sealed,
+                                int64_t length, int64_t found[4])
+{
+    header_fields fields;
+    if (!header_fits(data, size, expected, fixed, sealed, length, &fields)) {
+        return 0;
+    }
+    found[0] = fields.chunks;
+    found[1] = fields.chunk_bytes;
+    found[2] = fields.nonce == NULL ? 0 : fields.nonce - data;
+    found[3] = fields.tags == NULL ? 0 : fields.tags - data;
+    return 1;
 }
 
 EXPORTED int64_t table_sizes(int which)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from enum import IntEnum
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from tensorserve.linux import can_populate
 from tensorserve.sources.scatter_read import Filling, Sink
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+# PyBUF_WRITE (object.h).
+_PYBUF_WRITE = 0x200
 
 
 class _Cipher(ctypes.Structure):
@@ -37,9 +40,9 @@ class _Tensor(ctypes.Structure):
         ("place", ctypes.c_void_p),
         ("length", ctypes.c_int64),
         ("cipher", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("nonce", ctypes.c_void_p),
-        ("tags", ctypes.c_void_p),
+        ("key", ctypes.c_char_p),
+        ("nonce", ctypes.c_char_p),
+        ("tags", ctypes.c_char_p),
         ("chunk_bytes", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
         ("partials", ctypes.c_void_p),
@@ -50,6 +53,12 @@ class _Tensor(ctypes.Structure):
         ("early_room", ctypes.c_int32),
         ("waits", ctypes.c_int32),
         ("lock", ctypes.c_int32),
+        ("expected", ctypes.c_char_p),
+        ("expected_size", ctypes.c_int64),
+        ("head", ctypes.c_void_p),
+        ("head_size", ctypes.c_int64),
+        ("file_key", ctypes.c_char_p),
+        ("headed", ctypes.c_int32),
     )
 
 
@@ -64,7 +73,17 @@ class Row(ctypes.Structure):
         ("failures", ctypes.c_int32),
         ("complete", ctypes.c_int32),
         ("early", ctypes.c_int32),
+        ("header", ctypes.c_int32),
     )
+
+
+class Caller(IntEnum):
+    """Who assembles a span. The values are those of span_table.c."""
+
+    C = 0
+    PYTHON = 1
+    C_IF_EXPECTED = 2
+    """C where all headers in it are as expected, else Python."""
 
 
 class SpanState(ctypes.Structure):
@@ -174,7 +193,24 @@ def _cipher() -> _Cipher:
     )
 
 
-def _address(memory: memoryview) -> tuple[int, Any]:
+@lru_cache(maxsize=1024)
+def _array(kind: Any, count: int) -> Any:
+    """The type of `count` in a row: ctypes makes a new class for each length, which takes longer
+    than all else that is done for a job's table.
+    """
+    return kind * count
+
+
+@cache
+def _view() -> Any:
+    """(address, bytes, flags) -> a memoryview, without a class for each length."""
+    found = ctypes.pythonapi.PyMemoryView_FromMemory
+    found.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+    found.restype = ctypes.py_object
+    return found
+
+
+def _address(memory: memoryview | bytearray) -> tuple[int, Any]:
     """(the address of `memory`, what keeps it)."""
     kept = ctypes.c_ubyte.from_buffer(memory)
     return ctypes.addressof(kept), kept
@@ -206,7 +242,8 @@ class TensorMemory:
         self.address = ctypes.addressof(self._c)
         """Of the structure in C."""
         self._kept: list[Any] = []
-        self._failed: Any = None
+        self._failed: bytearray | memoryview | None = None
+        self._head: bytearray | None = None
         if header is not None:
             self._open_with(header, key)
 
@@ -217,25 +254,42 @@ class TensorMemory:
         assert key is not None
         self._c.chunks = chunks.count
         self._c.chunk_bytes = self._c.length if chunks.count == 1 else chunks.chunk_size
-        self._c.key, self._c.nonce, self._c.tags = (
-            self._keep(ctypes.create_string_buffer(text, len(text)))
-            for text in (key, chunks.nonce, chunks.tags)
-        )
-        self._c.partials = self._keep((ctypes.c_void_p * chunks.count)())
-        self._failed = (ctypes.c_ubyte * chunks.count)()
-        self._c.failed = ctypes.addressof(self._failed)
+        self._c.key, self._c.nonce, self._c.tags = key, chunks.nonce, chunks.tags
+        self._c.partials = self._keep(bytearray(chunks.count * ctypes.sizeof(ctypes.c_void_p)))
+        self._failed = bytearray(chunks.count)
+        self._c.failed = self._keep(self._failed)
 
     def __del__(self) -> None:
         self._functions.tensor_free(ctypes.byref(self._c))
 
-    def _keep(self, memory: Any) -> int:
-        self._kept.append(memory)
-        return ctypes.addressof(memory)
+    def _keep(self, memory: bytearray) -> int:
+        address, kept = _address(memory)
+        self._kept.append(kept)
+        return address
+
+    def expect(self, fixed: bytes, length: int, key: bytes | None) -> None:
+        """The header, of `length` bytes, may be taken by C, if it begins with the index's `fixed`
+        fields (format's `fixed_fields`), and the rest is as usual. `key`: None for a plain file.
+        """
+        self._head = bytearray(length)
+        self._c.expected, self._c.expected_size = fixed, len(fixed)
+        self._c.head, self._c.head_size = self._keep(self._head), length
+        self._c.file_key = key
+
+    @property
+    def expects(self) -> bool:
+        """Whether `expect` was called."""
+        return self._head is not None
+
+    @property
+    def head(self) -> bytes | None:
+        """The header that C has taken; None where it took none."""
+        return bytes(self._head) if self._head is not None and self._c.headed else None
 
     @property
     def is_sealed(self) -> bool:
         """Whether the header has come, and says so."""
-        return self._failed is not None
+        return bool(self._c.chunks)
 
     def let_go(self) -> None:
         """Nothing more is written there. A job that goes on may still look at the structure."""
@@ -270,7 +324,7 @@ class TensorMemory:
         [start, start + length) came: `data`, or None where they are in their place, sealed.
         """
         failures = ctypes.c_int32()
-        address = None if data is None else (ctypes.c_ubyte * length).from_buffer(data)
+        address, _kept = (None, None) if data is None else _address(data)
         finished = self._functions.tensor_take(
             self.address, start, address, length, ctypes.byref(failures)
         )
@@ -278,6 +332,10 @@ class TensorMemory:
 
     def failed(self, start: int, stop: int) -> list[int]:
         """The chunks of bytes [start, stop) that did not authenticate; each is told once."""
+        if self._failed is None:
+            if not self._c.failed:
+                return []
+            self._failed = _view()(self._c.failed, self._c.chunks, _PYBUF_WRITE)
         size = self._c.chunk_bytes
         stop = min(stop, self._c.length)
         found = [i for i in range(start // size, -(-stop // size)) if self._failed[i]]
@@ -287,8 +345,9 @@ class TensorMemory:
 
 
 class SpanTable(Filling):
-    """A `Filling` that C fills. `rows` are planned by the caller, up to the next span that has
-    `call` set: C calls `called` with its number, which plans those behind it.
+    """A `Filling` that C fills. `rows` are planned by the caller, up to the next span whose `call`
+    is not `Caller.C`: where it is Python's, C calls `called` with its number, which may plan those
+    behind it.
     """
 
     def __init__(
@@ -320,9 +379,9 @@ class SpanTable(Filling):
         found = functions()
         assert found is not None
         self._functions = found
-        self.spans = (SpanState * spans)()
-        self.rows = (Row * max(1, rows))()
-        self._event = (ctypes.c_int32 * max(1, rows))()
+        self.spans = _array(SpanState, spans)()
+        self.rows = _array(Row, max(1, rows))()
+        self._event: ctypes.Array[ctypes.c_int32] = _array(ctypes.c_int32, max(1, rows))()
         address, self._buffer = _address(buffer)
         self._called = called
         self._callback = Callback(self._guarded)
@@ -390,7 +449,8 @@ class SpanTable(Filling):
         """See `Filling`."""
         room = ctypes.c_int64()
         address = self._functions.room(self._state, ctypes.byref(room))
-        return memoryview((ctypes.c_ubyte * room.value).from_address(address)).cast("B")
+        view: memoryview = _view()(address, room.value, _PYBUF_WRITE)
+        return view
 
     def ends_with(self, count: int) -> bool:
         """See `Filling`."""

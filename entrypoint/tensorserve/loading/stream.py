@@ -28,7 +28,7 @@ from tensorserve.loading.cpu_idle import CpuIdle
 from tensorserve.loading.gpu_staging import GpuStaging
 from tensorserve.loading.header_check import check_headers
 from tensorserve.loading.load_memory import LoadMemory
-from tensorserve.loading.pending_tensor import PendingTensor
+from tensorserve.loading.pending_tensor import NO_MEMORY, PendingTensor
 from tensorserve.loading.receiver import Receiver, strip_bytes
 from tensorserve.loading.scheduler import Scheduler
 from tensorserve.loading.span_table import TensorMemory
@@ -77,6 +77,10 @@ class TensorStream:
     asks of the device comes after their arrival. Where hashes are verified, each tensor comes
     together in host memory first. A tensor that is not `staged` stays in host memory, for example
     one of which the consumer takes a slice; one that `place` gives memory for is staged always.
+
+    `paced`: where a short job for each connection waits complete for the consumer, no tensor is
+    begun. That is for one that waits for other ranks: what it will not take soon would only fill
+    the memory.
     """
 
     def __init__(
@@ -92,8 +96,10 @@ class TensorStream:
         staging: GpuStaging | None = None,
         staged: Callable[[TensorRecord], bool] = lambda _: True,
         check_whole: bool = True,
+        paced: bool = False,
     ) -> None:
         self._source = source
+        self._paced = paced
         self._check_whole = check_whole
         self._staging = staging
         self._staged = staged
@@ -151,10 +157,14 @@ class TensorStream:
         """How often `_changed` was notified."""
         self._next_place: tuple[TensorRecord, torch.Tensor | None] | None = None
         """Of a tensor for which there is no room yet."""
+        self._next_look = 0.0
+        """When the next idle thread looks for a straggler; monotonic seconds."""
         self._consumer_waits = False
         """Whether the consumer waits for a tensor that is not complete."""
         self._error: BaseException | None = None
         self._stopped = threading.Event()
+        self._waiting_bytes = 0
+        """Of tensors that are complete and not taken, where they count for `ahead_bytes`."""
         self._not_taken = len(records)
         self._incomplete = len(records)
         self._threads: list[threading.Thread] = []
@@ -240,6 +250,8 @@ class TensorStream:
 
     def _release_ahead(self, tensor: PendingTensor) -> None:
         budget = self._memory.device if tensor.staged else self._memory.host
+        with self._changed:
+            self._waiting_bytes -= tensor.ahead_bytes
         self._release(budget, tensor.ahead_bytes)
 
     def _next_complete(self) -> PendingTensor:
@@ -299,15 +311,18 @@ class TensorStream:
             self._start_connections()
 
     def _connection(self, number: int) -> None:
+        idle = False
         while self._incomplete and not self._stopped.is_set():
             if number >= self._concurrency.target:
                 self._stopped.wait(DEFAULTS.surplus_wait_seconds)
                 continue
             seen = self._changes
             job = self._scheduler.claim(self._concurrency.target)
-            if job is None and self._stragglers_matter:
+            looks = job is None and (not idle or self._may_look())
+            if looks and self._stragglers_matter:
                 job = self._scheduler.steal()
             if job is not None:
+                idle = False
                 self._notify()  # there may be a job for another connection as well
                 try:
                     self._receiver.read(job)
@@ -315,8 +330,17 @@ class TensorStream:
                     self._scheduler.end(job)
                 if not self._source.long_requests:
                     self._source.passed(min(self._scheduler.low_water(), self._source.size))
-            elif not self._receiver.hedge():
+            elif not looks or not self._receiver.hedge():
+                idle = True
                 self._wait(seen)
+
+    def _may_look(self) -> bool:
+        """Whether an idle thread looks at the others' jobs: one at a time does."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + DEFAULTS.idle_wait_seconds
+        return True
 
     @property
     def _stragglers_matter(self) -> bool:
@@ -350,8 +374,7 @@ class TensorStream:
         take one and make room. Where no tensor is ahead, one of any size is admitted.
         """
         if (left_out := self._header_only.get(record.header_offset)) is not None:
-            nothing = memoryview(bytearray())
-            tensor = PendingTensor(left_out, torch.empty(0), nothing, 0, header_only=True)
+            tensor = PendingTensor(left_out, torch.empty(0), NO_MEMORY, 0, header_only=True)
             self._admitted.put(tensor)
             return tensor
         if self._next_place is None or self._next_place[0] is not record:
@@ -367,13 +390,16 @@ class TensorStream:
         host = record.length if gathered else ahead if staging is None else 0
         device = ahead if staging is not None else 0
         with self._changed:
+            enough = self._concurrency.target * DEFAULTS.short_job_bytes
+            if self._paced and self._waiting_bytes >= enough:
+                return None  # the consumer can take a tensor
             if not self._memory.take(host, device, self._concurrency.after_next_step):
                 return None
         self._next_place = None
         if memory is None:
             take = self._memory.pool.take if staging is None else staging.memory
             memory = take(record.length)
-        view = memoryview(bytearray())
+        view = NO_MEMORY
         if record.length and (gathered or staging is None):
             whole = self._memory.pool.take(record.length) if gathered else memory
             view = whole.numpy().data
@@ -387,14 +413,16 @@ class TensorStream:
         )
         if self._receiver.in_c and record.length:
             tensor.in_c = TensorMemory(view, None, None, waits=True)
+            self._assembler.expect_header(tensor)
         self._admitted.put(tensor)
         return tensor
 
     def _complete(self, tensor: PendingTensor) -> None:
         """A tensor is assembled and checked."""
         if self._staging is not None:
-            tensor.view = memoryview(b"")  # it was copied to the device
+            tensor.view = NO_MEMORY  # it was copied to the device
         with self._changed:
+            self._waiting_bytes += tensor.ahead_bytes
             self._incomplete -= 1
             last = not self._incomplete
         tensor.done.set()

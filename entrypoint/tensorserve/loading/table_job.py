@@ -9,8 +9,8 @@ from tensorserve.loading.assembler import Assembler
 from tensorserve.loading.counters import LoadProgress
 from tensorserve.loading.pending_tensor import PendingTensor
 from tensorserve.loading.scheduler import Job
-from tensorserve.loading.span_table import SpanTable, TensorMemory
-from tensorserve.loading.spans import Run, Span
+from tensorserve.loading.span_table import Caller, SpanTable, TensorMemory
+from tensorserve.loading.spans import Piece, Run, Span
 from tensorserve.telemetry.names import Stage
 
 
@@ -40,7 +40,7 @@ class TableJob:
         self._counted = 0
         self._counting = threading.Lock()
         self._by_python: dict[int, Span[PendingTensor]] = {}
-        """Spans with headers, by their number."""
+        """Spans with headers, by their number; C may assemble them nevertheless."""
         self._tensors: list[tuple[int, PendingTensor, TensorMemory]] = []
         """(first row, of what, its memory), in the order of rows. C looks at the memory's
         structure as long as the table is used.
@@ -65,14 +65,18 @@ class TableJob:
         """Add to the stages' bytes and time, once the job is over after `seconds`."""
         position = self.table.position
         fetched, opened = self.table.taken
-        fetched += sum(s.data_bytes for number, s in self._by_python.items() if number < position)
+        fetched += sum(
+            span.data_bytes
+            for number, span in self._by_python.items()
+            if number < position and self.table.spans[number].call == Caller.PYTHON
+        )
         opening = self.table.opening_seconds
         self._progress.stage(Stage.FETCH, fetched, max(0.0, seconds - opening))
         if opened:
             self._progress.stage(Stage.DECRYPT, opened, opening)
 
     def _called(self, number: int) -> None:
-        """A span with headers has come."""
+        """A span has come with headers that C does not take."""
         if self.table.spans[number].mine:
             span = self._by_python[number]
             self._assemble(span, self._buffer[: span.length])
@@ -100,15 +104,19 @@ class TableJob:
         """Gives the number of the next row."""
         state = table.spans[number]
         state.length, state.first_row = span.length, row
-        if any(piece.header for piece in span.pieces):
-            state.call = 1
+        headers = [piece for piece in span.pieces if piece.header]
+        if headers:
             self._by_python[number] = span
-            return row
+            if not all(map(_may_be_taken, headers)):
+                state.call = Caller.PYTHON
+                return row
+            state.call = Caller.C_IF_EXPECTED
         state.rows = len(span.pieces)
         for at, piece in enumerate(span.pieces, row):
             planned = table.rows[at]
             planned.t = self._memory(at, piece.target).address
             planned.start, planned.length = piece.start, piece.length
+            planned.header = piece.header
         return row + len(span.pieces)
 
     def _memory(self, row: int, tensor: PendingTensor) -> TensorMemory:
@@ -117,3 +125,10 @@ class TableJob:
         assert memory is not None
         self._tensors.append((row, tensor, memory))
         return memory
+
+
+def _may_be_taken(piece: Piece[PendingTensor]) -> bool:
+    """Whether C may take a piece of a header: all of it, of a tensor that it knows."""
+    tensor = piece.target
+    whole = piece.length == tensor.record.header_length
+    return whole and tensor.in_c is not None and tensor.in_c.expects

@@ -27,6 +27,10 @@ class TensorHeaders:
         except CorruptError:
             return self.read_again(record)[0]
 
+    def keep(self, record: TensorRecord, data: bytes) -> None:
+        """A header that was taken without `parse`."""
+        self.as_read[record.header_offset] = data
+
     def read_again(self, record: TensorRecord) -> tuple[TensorHeader, bool]:
         """The header in the file now, and whether it is, byte for byte, the one read before.
 

@@ -42,7 +42,7 @@ class Tuning:
     """
     long_job_seconds: float = 1.0
     """A tensor at the begin of a long job is there so much earlier than the next job's. Guess."""
-    long_job_share: int = 4
+    long_job_share: int = 2
     """A job is longer than `job_bytes` only as long as each connection has so many of them to do:
     a short load's tensors come one after the other. Guess.
     """
@@ -175,8 +175,12 @@ class Tuning:
     # Ranks that load one file together --------------------------------------------------------
 
     window_part: int = 4
-    """1/N of a load's memory is for what goes from rank to rank, the rest for the rank's own part.
-    Guess.
+    """At most 1/N of a load's memory is for what goes from rank to rank, the rest for the rank's
+    own part. Guess.
+    """
+    window_jobs: int = 2
+    """... and no more than so many jobs' bytes of each rank: one message on its way, and one that
+    waits for the consumer. Guess.
     """
     gathered_bytes: int = _MIB
     """Tensors up to this length go to the other ranks together with their neighbours, up to

@@ -15,7 +15,7 @@ from urllib3 import HTTPHeaderDict
 from urllib3.exceptions import HTTPError, ProxyError
 
 from tensorserve.sources.base import Access
-from tensorserve.sources.curl import Callback, Curl, Handle, Job, trusted
+from tensorserve.sources.curl import Callback, Curl, Handle, Job, cipher_suites, trusted
 from tensorserve.sources.curl_errors import End, as_told, took_too_long
 from tensorserve.sources.header_timeout import dial
 from tensorserve.sources.http_body import as_passing, invalid_header, tunnel_refusal
@@ -369,6 +369,7 @@ class _Connection:
             int(route.scheme == "https"),
             sent,
             store,
+            None if store is None else cipher_suites() or None,
             DEFAULTS.receive_bytes,
         )
         if bad:

@@ -26,7 +26,12 @@ enum {
     SUPPRESS_CONNECT_HEADERS = 265,
     MULTI_MAXCONNECTS = 6, RESPONSE_CODE = 0x200002, HTTP_CONNECTCODE = 0x200016,
 };
-enum { HTTP_1_1 = 2, HTTP_AND_HTTPS = 3, TLS_1_2 = 6, PROXY_HTTPS = 2, SEPARATE = 1, ALREADY_CONNECTED = 2, DONE = 1 };
+enum {
+    HTTP_1_1 = 2, HTTP_AND_HTTPS = 3, TLS_1_2 = 6, PROXY_HTTPS = 2, SEPARATE = 1, ALREADY_CONNECTED = 2, DONE = 1,
+    SELECT_IN = 1,
+};
+/* OpenSSL's SSL_CTX_ctrl (ssl.h). */
+enum { SET_READ_AHEAD = 41, CLEAR_MODE = 78, RELEASE_BUFFERS = 16 };
 
 typedef struct {
     void *(*easy_init)(void);
@@ -38,13 +43,16 @@ typedef struct {
     int (*multi_setopt)(void *, int, ...);
     int (*add)(void *, void *);
     int (*remove)(void *, void *);
-    int (*perform)(void *, int *);
+    int (*act)(void *, int, int, int *);
+    int (*act_on_all)(void *, int *);
     int (*poll)(void *, void *, unsigned, int, int *);
     int (*wakeup)(void *);
     struct message { int kind; void *easy; union { void *any; int code; } data; } *(*read)(void *, int *);
     void *(*append)(void *, const char *);
     void (*free_list)(void *);
     void (*set_store)(void *context, void *store); /* OpenSSL's SSL_CTX_set1_cert_store */
+    int (*set_suites)(void *context, const char *names);
+    long (*control)(void *context, int what, long value, void *more);
 } curl;
 
 /* Why a call ended; 0: libcurl says it, in `code`. */
@@ -95,8 +103,11 @@ typedef struct {
 typedef struct {
     const curl *c;
     void *easy, *multi, *lists[2], *store;
+    const char *suites; /* of TLS 1.3, in our order; NULL: OpenSSL's */
     job *j;
     volatile int32_t broken_off;
+    int32_t fd;    /* the connection's */
+    int32_t moved; /* whether something came */
 } handle;
 
 static int64_t now(void)
@@ -253,6 +264,7 @@ EXPORTED int fetch_header_line(job *j, const char *line, int64_t size)
 
 static size_t on_header(const char *line, size_t one, size_t count, handle *h)
 {
+    h->moved = 1;
     return fetch_header_line(h->j, line, (int64_t)(one * count)) ? one * count : 0;
 }
 
@@ -299,6 +311,7 @@ static size_t on_body(const uint8_t *data, size_t one, size_t count, handle *h)
     job *j = h->j;
     const int64_t size = (int64_t)(one * count), began = now();
     int64_t used;
+    h->moved = 1;
     if (h->broken_off) {
         j->end = BROKEN_OFF;
         return 0;
@@ -326,9 +339,9 @@ static int on_socket(handle *h, int purpose, void *address)
 {
     (void)purpose;
     (void)address;
-    const int found = h->j->dial();
+    h->fd = h->j->dial();
     h->j->since = now();
-    return found;
+    return h->fd;
 }
 
 static int on_options(void *h, int fd, int purpose)
@@ -355,15 +368,20 @@ static int on_context(void *easy, void *context, handle *h)
 {
     (void)easy;
     h->c->set_store(context, h->store);
-    return 0;
+    /* One call of the kernel for each TLS record, where OpenSSL reads five bytes of it first otherwise. What was read
+     * ahead, libcurl before 8.15 does not look for: `drive` asks for it. */
+    h->c->control(context, SET_READ_AHEAD, 1, NULL);
+    h->c->control(context, CLEAR_MODE, RELEASE_BUFFERS, NULL);
+    return h->suites != NULL && !h->c->set_suites(context, h->suites);
 }
 
 /* A handle keeps one connection to one place. `url`: scheme://host:port/. `proxy`: NULL for none. `resolve`: for
  * libcurl to look up nothing itself. `store`: OpenSSL's X509_STORE. NULL if there is no memory. */
 EXPORTED int fetch_open(handle *h, const curl *c, const char *url, const char *const *resolve, const char *proxy,
-                        int proxy_tls, int tunnel, const char *const *proxy_headers, void *store, int64_t buffer)
+                        int proxy_tls, int tunnel, const char *const *proxy_headers, void *store, const char *suites,
+                        int64_t buffer)
 {
-    *h = (handle){.c = c, .store = store};
+    *h = (handle){.c = c, .store = store, .suites = suites, .fd = -1};
     h->easy = c->easy_init();
     h->multi = c->multi_init();
     if (h->easy == NULL || h->multi == NULL) {
@@ -470,9 +488,14 @@ static void drive(handle *h)
     const curl *c = h->c;
     job *j = h->j;
     int64_t left, ticked = now();
+    h->moved = 0;
     for (;;) {
         int running = 0, any;
-        if (c->perform(h->multi, &running)) {
+        /* Where something has come there may be more, in OpenSSL's memory too: libcurl is told to read until nothing
+         * comes, without a look at the socket each time. */
+        const int again = h->moved;
+        h->moved = 0;
+        if (again ? c->act(h->multi, h->fd, SELECT_IN, &running) : c->act_on_all(h->multi, &running)) {
             j->code = 2; /* CURLE_FAILED_INIT: only out of memory */
             return;
         }
@@ -495,10 +518,12 @@ static void drive(handle *h)
             j->end = SLOW;
             return;
         }
-        if (j->tick && left > j->tick) {
-            left = j->tick;
+        if (!h->moved) {
+            if (j->tick && left > j->tick) {
+                left = j->tick;
+            }
+            c->poll(h->multi, NULL, 0, (int)(left / 1000000 > 60000 ? 60000 : left / 1000000 + 1), &any);
         }
-        c->poll(h->multi, NULL, 0, (int)(left / 1000000 > 60000 ? 60000 : left / 1000000 + 1), &any);
         if (j->tick && now() - ticked >= j->tick) {
             ticked = now();
             if (j->ticked()) {

@@ -62,6 +62,9 @@ class Body:
         self._response = response
         raw = getattr(response, "_fp", None)
         self._socket = _socket_below(raw) if isinstance(raw, HTTPResponse) else None
+        # Memory is taken for as much as is asked for, and TLS gives a record at a time.
+        plain = self._socket is not None and not isinstance(self._socket, ssl.SSLSocket)
+        self._most = DEFAULTS.receive_bytes if plain else DEFAULTS.record_bytes
         self.broken_off = False
         """Whether `break_off` was called."""
 
@@ -78,7 +81,7 @@ class Body:
 
         Returns the number of bytes, 0 at the body's end. Raises urllib3's errors and OSError.
         """
-        wanted = min(len(buffer), DEFAULTS.receive_bytes)
+        wanted = min(len(buffer), self._most)
         try:
             data = self._response.read1(wanted, decode_content=False)
         except (SSLError, ProtocolError) as error:

@@ -28,6 +28,8 @@ class Tuning:
     """Received in one call: large enough that Python's share of the time is small, small enough
     that the rate of a slow connection (10 MB/s: 25 ms) is seen between two calls. Guess.
     """
+    record_bytes: int = 16 * _KIB
+    """The same where Python reads over TLS: the longest record (RFC 8446, 5.1)."""
     most_redirects: int = 5
     """Followed one after another. Guess."""
     most_error_bytes: int = 64 * _KIB

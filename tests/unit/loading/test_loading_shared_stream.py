@@ -247,6 +247,7 @@ def shared(
             options=options,
             progress=progress,
             check_whole=False,
+            paced=True,
         )
         window = case.limit // 4
         stream = SharedStream(

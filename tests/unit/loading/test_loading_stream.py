@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorizer import EncryptionParams, TensorSerializer
 
+from tensors_samples import FixedKey
 from tensorserve.bundle.keys import GivenKey
 from tensorserve.errors import CorruptError, SourceUnavailableError
-from tensorserve.format import FileKey, TensorRecord, parse_header, read_header, read_index
-from tensorserve.loading import LoadOptions, LoadProgress, TensorStream
+from tensorserve.format import (
+    FileKey,
+    TensorHeader,
+    TensorRecord,
+    parse_header,
+    read_header,
+    read_index,
+)
+from tensorserve.loading import LoadOptions, LoadProgress, TensorStream, tensor_headers
+from tensorserve.loading.span_table import functions
 from tensorserve.loading.tuning import DEFAULTS
 from tensorserve.sources import Filling, Source
 from waiting import wait_for
@@ -145,6 +155,31 @@ def test_encrypted_tensors_are_bit_identical(
     total = sum(t.nbytes for t in tensors.values())
     snapshot = progress.snapshot()
     assert (snapshot.fetch, snapshot.decrypt) == (total, total)
+
+
+@pytest.mark.skipif(functions() is None, reason="span_table.c was not built")
+@pytest.mark.parametrize("known", [True, False], ids=["key", "key of each header"])
+def test_headers_that_say_what_the_index_says_are_taken_by_c(
+    encrypted: bytes,
+    tensors: dict[str, torch.Tensor],
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python parses none, and knows them all; where each may have its own key, it parses all."""
+    parsed = []
+
+    def counted(record: TensorRecord, *data: Any, **named: Any) -> TensorHeader:
+        parsed.append(record.name)
+        return parse_header(record, *data, **named)
+
+    monkeypatch.setattr(tensor_headers, "parse_header", counted)
+    index = read_index(MemorySource(encrypted))
+    headers = b"".join(encrypted[r.header_offset : r.data_offset] for r in index.tensors)
+    options = LoadOptions(connections=1, headers_sha256=hashlib.sha256(headers).hexdigest())
+    key: FileKey = GivenKey(KEY, "test") if known else FixedKey(KEY)
+    found, _ = streamed(MemorySource(encrypted), options, key)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert sorted(parsed) == ([] if known else sorted(tensors))
 
 
 def test_plain_tensors_are_bit_identical_and_undecrypted(
@@ -320,6 +355,33 @@ def test_memory_beyond_the_connections_is_for_tensors_in_flight(tmp_path: Path) 
         wait_for(lambda: sum(at in data for at, _ in source.reads) >= expected)
         worker.join(0.2)  # it would go on
         assert sum(at in data for at, _ in source.reads) == expected
+        for record, tensor in stream:
+            assert torch.equal(tensor, tensors[record.name])
+
+
+def test_what_waits_for_other_ranks_is_not_read_far_ahead(tmp_path: Path) -> None:
+    """Whatever the memory, half a job for each connection is complete; the job may be the next."""
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path))
+    tensors = {f"{n:03}": torch.full((MIB,), n, dtype=torch.uint8) for n in range(64)}
+    serializer.write_state_dict(tensors)
+    serializer.close()
+    source = MemorySource(path.read_bytes())
+    data = {record.data_offset for record in read_index(source).tensors}
+    with TensorStream(
+        source,
+        read_index(source).tensors,
+        encrypted=False,
+        key=None,
+        options=LoadOptions(connections=1, ahead_bytes=1024 * MIB),
+        progress=LoadProgress(),
+        paced=True,
+    ) as stream:
+        (worker,) = (t for t in threading.enumerate() if t.name == "tensorserve-load-0")
+        least, job = DEFAULTS.short_job_bytes // MIB, DEFAULTS.job_bytes // MIB
+        wait_for(lambda: sum(at in data for at, _ in source.reads) >= least)
+        worker.join(0.2)  # it would go on
+        assert sum(at in data for at, _ in source.reads) <= least + job
         for record, tensor in stream:
             assert torch.equal(tensor, tensors[record.name])
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import ssl
+import threading
+from contextlib import suppress
 
 import pytest
 
 from certificates import PrivateCA
 from faultserver import Asked, FaultServer, Reply
 from tensorserve.errors import ConfigurationError, SourceUnavailableError
+from tensorserve.loading import LoadProgress
 from tensorserve.secret import Secret
 from tensorserve.sources import Access, RetryPolicy, S3Access, open_source
 
@@ -65,6 +70,77 @@ def test_http_behind_a_private_ca_is_read_with_ssl_cert_file(
     with FaultServer(answer, tls=context) as server:
         source = open_source(f"{server.url}/m", Access(policy=POLICY))
         assert source.read(0, len(DATA)) == DATA
+
+
+class SmallRecords(threading.Thread):
+    """A server whose answers are many small TLS records, sent as one, after which it is silent."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(daemon=True)
+        self._context = context
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"https://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> SmallRecords:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def run(self) -> None:
+        """Until the socket is closed."""
+        with suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        came, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self._context.wrap_bio(came, sent, server_side=True)
+        text = b""
+        with connection, suppress(OSError, ssl.SSLError):
+            done = False
+            while True:
+                try:
+                    if not done:
+                        tls.do_handshake()
+                        done = True
+                    text += tls.read()
+                except ssl.SSLWantReadError:
+                    connection.sendall(sent.read())
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    came.write(data)
+                if b"\r\n\r\n" in text:
+                    found = re.search(rb"(?i)range: bytes=(\d+)-(\d+)", text)
+                    assert found
+                    first, last = int(found[1]), min(int(found[2]), len(DATA) - 1)
+                    text = b""
+                    answer = (
+                        f"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {first}-{last}/"
+                        f'{len(DATA)}\r\nETag: "a"\r\nContent-Length: {last + 1 - first}\r\n\r\n'
+                    ).encode() + DATA[first : last + 1]
+                    for at in range(0, len(answer), 300):
+                        tls.write(answer[at : at + 300])
+                    connection.sendall(sent.read())
+
+
+def test_records_that_were_read_ahead_are_not_waited_for(
+    context: ssl.SSLContext, ca: PrivateCA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What OpenSSL has of them, no poll of the socket tells of: a read would stall, and go on
+    with another request.
+    """
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.bundle))
+    progress = LoadProgress()
+    with SmallRecords(context) as server:
+        source = open_source(f"{server.url}/m", Access(policy=POLICY), progress)
+        for _ in range(5):  # over one connection
+            assert source.read(70_001, 100_000) == DATA[70_001:170_001]
+        source.close()
+    assert progress.snapshot().retries == {}
 
 
 def test_a_private_ca_that_is_not_trusted_is_said_as_such(context: ssl.SSLContext) -> None:
