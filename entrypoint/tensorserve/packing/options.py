@@ -11,7 +11,7 @@ from tensorserve.errors import UsageError
 
 if TYPE_CHECKING:
     # Every command imports this file; only `pack` needs these modules.
-    from tensorserve.packing.pack import Progress
+    from tensorserve.packing.bundle_files import Progress
     from tensorserve.packing.pack_result import PackResult
     from tensorserve.sources import Access
     from tensorserve.wrapping.base import Services

@@ -7,9 +7,8 @@ copy and, for S3, no copy on disk.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,45 +23,42 @@ from tensorserve.bundle.manifest import (
     MANIFEST,
     SINGLE,
     Encryption,
-    FileEntry,
     Manifest,
-    TensorsEntry,
     model_files,
 )
 from tensorserve.bundle.manifest_mac import Parameters
 from tensorserve.bundle.nested_weights import bundle_name
 from tensorserve.bundle.stand_ins import stand_ins_of
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
+from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
 from tensorserve.format import (
     CHUNK_BYTES,
-    FileKey,
-    PasswordHash,
     fresh_password_hash,
-    plan_file,
-    write_file,
 )
 from tensorserve.launch.completeness import what_a_start_misses
+from tensorserve.packing.bundle_files import (
+    ByteCount,
+    PlannedFile,
+    Progress,
+    copy_file,
+    write_small,
+    write_tensors,
+)
 from tensorserve.packing.checkpoint import Checkpoint, read_checkpoint
-from tensorserve.packing.destination import Destination, open_destination
+from tensorserve.packing.destination import open_destination
 from tensorserve.packing.draft_checkpoint import refuse_drafts_alone
 from tensorserve.packing.dtype_conversion import Casting
 from tensorserve.packing.nested_checkpoint import read_nested
 from tensorserve.packing.pack_result import PackResult
 from tensorserve.packing.rank_parameters import engine_parameters
 from tensorserve.packing.recipients import wrapped_for
-from tensorserve.packing.tensor_source import TensorsSource, from_checkpoint
+from tensorserve.packing.tensor_source import from_checkpoint
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
-from tensorserve.sources.local import LocalSource
 from tensorserve.version import __version__
 from tensorserve.wrapping.base import Provider
 
 # Room for the manifest, headers, tags and the file system's metadata.
-_SPARE_BYTES = 16 * 1024**2
-_COPY_BYTES = 4 * 1024**2
-
-# (bytes of tensors written, bytes of tensors in all)
-Progress = Callable[[int, int], None]
+SPARE_BYTES = 16 * 1024**2
 
 
 def pack(
@@ -116,7 +112,7 @@ def pack(
     checkpoint = read_checkpoint(src, code=trust_remote_code)
     refuse_drafts_alone(checkpoint)
     notes = _notes(checkpoint, trust_remote_code)
-    _refuse_inside(checkpoint, dest)
+    refuse_inside(checkpoint, dest)
     casting = Casting(checkpoint, dtype) if dtype is not None else None
     if casting is not None:
         checkpoint = casting.checkpoint
@@ -149,7 +145,7 @@ def pack(
             casting.dtype_of if casting is not None and not folder else None,
         )
     ]
-    needed = sum(_size(one) for one in (*folders.values(), *nested.values())) + _SPARE_BYTES
+    needed = sum(_size(one) for one in (*folders.values(), *nested.values())) + SPARE_BYTES
     needed += sum(len(data) for _, data in stand_ins)
     # The destination is checked before vLLM spends time on building a model.
     destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
@@ -164,24 +160,24 @@ def pack(
             }
             named |= {bundle_name(name): from_checkpoint(one) for name, one in nested.items()}
             files = [
-                _File(name, source, opened_by is not None, derivation)
+                PlannedFile(name, source, opened_by is not None, derivation)
                 for name, source in named.items()
             ]
-            count = _Count(sum(file.plan.index.data_bytes for file in files), progress)
+            count = ByteCount(sum(file.plan.index.data_bytes for file in files), progress)
             # The largest files are the likeliest to fail, so they come first. The manifest, which
             # makes the directory a bundle, comes last.
             tensors = {
-                file.name: _write_tensors(destination, file, opened_by, count, threads)
+                file.name: write_tensors(destination, file, opened_by, count, threads)
                 for file in files
             }
         small = tuple(
-            _write(destination, name, casting.config())
+            write_small(destination, name, casting.config())
             if casting is not None and folder + name == "config.json"
-            else _copy(destination, one, name, size, folder + name)
+            else copy_file(destination, one, name, size, folder + name)
             for folder, one in folders.items()
             for name, size in one.files.items()
         )
-        small += tuple(_write(destination, name, data) for name, data in stand_ins)
+        small += tuple(write_small(destination, name, data) for name, data in stand_ins)
         manifest = Manifest(
             files=small,
             tensors_files=tensors,
@@ -193,7 +189,7 @@ def pack(
             parameters=parameters,
             wrapped_keys=wrapped,
         ).to_json(opened_by, derivation)
-        written = _write(destination, MANIFEST, manifest)
+        written = write_small(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
         try:
@@ -254,32 +250,8 @@ def _notes(checkpoint: Checkpoint, code: bool) -> tuple[str, ...]:
     )
 
 
-class _File:
-    """A .tensors file to be written."""
-
-    def __init__(
-        self, name: str, source: TensorsSource, sealed: bool, derivation: PasswordHash | None
-    ) -> None:
-        self.name, self.source = name, source
-        self.plan = plan_file(source.specs, encrypted=sealed, derivation=derivation)
-
-
-class _Count:
-    """Bytes of tensors written so far, of all files."""
-
-    def __init__(self, whole: int, progress: Progress | None) -> None:
-        self.whole = whole
-        self._done = 0
-        self._progress = progress
-
-    def __call__(self, written: int) -> None:
-        self._done += written
-        if self._progress is not None:
-            self._progress(self._done, self.whole)
-
-
 def _size(checkpoint: Checkpoint) -> int:
-    """The approximate size in bytes; _SPARE_BYTES covers headers and tags."""
+    """The approximate size in bytes; SPARE_BYTES covers headers and tags."""
     return sum(t.length for t in checkpoint.tensors) + sum(checkpoint.files.values())
 
 
@@ -300,57 +272,8 @@ def _weights(folder: str) -> str:
     return folder + (SINGLE if folder.startswith(f"{DRAFTS}/") else WEIGHTS)
 
 
-def _write_tensors(
-    destination: Destination, file: _File, key: FileKey | None, count: _Count, threads: int | None
-) -> TensorsEntry:
-    index = file.plan.index
-    with file.source.reading() as read, destination.create(file.name, index.size) as out:
-        written = write_file(
-            out,
-            file.plan,
-            lambda record, start, view: read(record.name, start, view),
-            key=key,
-            on_bytes=count,
-            threads=threads,
-        )
-    return TensorsEntry(
-        size=index.size,
-        tensors=len(index.tensors),
-        data_bytes=index.data_bytes,
-        index_sha256=index.digest,
-        headers_sha256=written.headers_sha256,
-        digests=written.tensors if key is not None else None,
-    )
-
-
-def _copy(
-    destination: Destination, checkpoint: Checkpoint, name: str, size: int, target: str
-) -> FileEntry:
-    source = LocalSource(checkpoint.directory / name)
-    digest = hashlib.sha256()
-    try:
-        if source.size != size:
-            raise CorruptError(
-                f"{source.name} was changed while it was packed.",
-                hint="Pack again when no other process writes to the model's directory.",
-            )
-        with destination.create(target, size) as out:
-            for offset in range(0, size, _COPY_BYTES):
-                data = source.read(offset, min(_COPY_BYTES, size - offset))
-                digest.update(data)
-                out.write(data)
-    finally:
-        source.close()
-    return FileEntry(target, size, digest.hexdigest())
-
-
-def _write(destination: Destination, name: str, data: bytes) -> FileEntry:
-    with destination.create(name, len(data)) as out:
-        out.write(data)
-    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
+def refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
+    """Raises ConfigurationError for a destination inside the directory that is packed."""
     if "://" in dest:
         return
     source, target = checkpoint.directory.resolve(), Path(dest).resolve()

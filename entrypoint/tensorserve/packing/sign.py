@@ -87,6 +87,7 @@ def sign(
         encryption=_encryption(weights),
         made_by={"tensorserve": __version__},
         fingerprint=_fingerprint(verified.manifest, weights),
+        adapter=verified.manifest.adapter if verified.manifest else None,
         **_wrapped(verified.manifest),
     )
     header = _sealed(weights)

@@ -1,0 +1,101 @@
+"""How are the files of a bundle written while it is packed, and described for its manifest?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from tensorserve.bundle.manifest import FileEntry, TensorsEntry
+from tensorserve.errors import CorruptError
+from tensorserve.format import FileKey, PasswordHash, plan_file, write_file
+from tensorserve.packing.checkpoint import Checkpoint
+from tensorserve.packing.destination import Destination
+from tensorserve.packing.tensor_source import TensorsSource
+from tensorserve.sources.local import LocalSource
+
+_COPY_BYTES = 4 * 1024**2
+
+# (bytes of tensors written, bytes of tensors in all)
+Progress = Callable[[int, int], None]
+
+
+class PlannedFile:
+    """A .tensors file to be written."""
+
+    def __init__(
+        self, name: str, source: TensorsSource, sealed: bool, derivation: PasswordHash | None
+    ) -> None:
+        self.name, self.source = name, source
+        self.plan = plan_file(source.specs, encrypted=sealed, derivation=derivation)
+
+
+class ByteCount:
+    """Bytes of tensors written so far, of all files."""
+
+    def __init__(self, whole: int, progress: Progress | None) -> None:
+        self.whole = whole
+        self._done = 0
+        self._progress = progress
+
+    def __call__(self, written: int) -> None:
+        self._done += written
+        if self._progress is not None:
+            self._progress(self._done, self.whole)
+
+
+def write_tensors(
+    destination: Destination,
+    file: PlannedFile,
+    key: FileKey | None,
+    count: ByteCount,
+    threads: int | None,
+) -> TensorsEntry:
+    """Writes a .tensors file, sealed with `key` if there is one. Raises the destination's errors,
+    and CorruptError for a source that was changed meanwhile."""
+    index = file.plan.index
+    with file.source.reading() as read, destination.create(file.name, index.size) as out:
+        written = write_file(
+            out,
+            file.plan,
+            lambda record, start, view: read(record.name, start, view),
+            key=key,
+            on_bytes=count,
+            threads=threads,
+        )
+    return TensorsEntry(
+        size=index.size,
+        tensors=len(index.tensors),
+        data_bytes=index.data_bytes,
+        index_sha256=index.digest,
+        headers_sha256=written.headers_sha256,
+        digests=written.tensors if key is not None else None,
+    )
+
+
+def copy_file(
+    destination: Destination, checkpoint: Checkpoint, name: str, size: int, target: str
+) -> FileEntry:
+    """Copies the small file `name` of `checkpoint` to `target`. Raises as write_tensors."""
+    source = LocalSource(checkpoint.directory / name)
+    digest = hashlib.sha256()
+    try:
+        if source.size != size:
+            raise CorruptError(
+                f"{source.name} was changed while it was packed.",
+                hint="Pack again when no other process writes to the model's directory.",
+            )
+        with destination.create(target, size) as out:
+            for offset in range(0, size, _COPY_BYTES):
+                data = source.read(offset, min(_COPY_BYTES, size - offset))
+                digest.update(data)
+                out.write(data)
+    finally:
+        source.close()
+    return FileEntry(target, size, digest.hexdigest())
+
+
+def write_small(destination: Destination, name: str, data: bytes) -> FileEntry:
+    """Writes `data` as a small file. Raises the destination's errors."""
+    with destination.create(name, len(data)) as out:
+        out.write(data)
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
