@@ -40,6 +40,13 @@ class Holder:
 
         It stays there as long as this process. Raises CorruptError and the sources' errors.
         """
+        link.symlink_to(handoff.publish(self.image(file), "weights"))
+
+    def image(self, file: str) -> bytearray:
+        """`file` of the bundle, fetched, authenticated and opened, as a safetensors file.
+
+        Raises CorruptError and the sources' errors.
+        """
         # Small: a plain one's digests are compared wherever it comes from.
         rule = verification_of(
             self.settings.verify,
@@ -48,8 +55,7 @@ class Holder:
             encrypted=self.key is not None,
             pinned=False,
         )
-        image = self._open_twice(file, self.manifest.tensors_files[file], rule)
-        link.symlink_to(handoff.publish(image, "weights"))
+        return self._open_twice(file, self.manifest.tensors_files[file], rule)
 
     def _open_twice(self, file: str, entry: TensorsEntry, rule: Verification) -> bytearray:
         """Fetch again once where it looks damaged: the damage may be of the transfer."""

@@ -13,6 +13,7 @@ from tensorserve.config.draft_model import check_draft
 from tensorserve.config.launch_plan import LaunchPlan
 from tensorserve.config.settings import Settings
 from tensorserve.config.unwrapping import with_key
+from tensorserve.launch.preflight.adapters import check_adapters
 from tensorserve.launch.preflight.devices import check_device, visible_gpus
 from tensorserve.launch.preflight.disk import (
     SHARED_MEMORY_BYTES,
@@ -37,6 +38,7 @@ __all__ = [
     "Passed",
     "Report",
     "Weights",
+    "check_adapters",
     "check_device",
     "check_host_memory",
     "check_memory",
