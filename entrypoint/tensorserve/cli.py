@@ -316,7 +316,8 @@ def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     for passed in check_files(checked.settings, plan, checked):
         report(passed)
     if (found := check_adapters(checked.settings)) is not None:
-        report(found)
+        report(found[0])
+        _warn(*found[1])
     if checked.weights.warning is not None:
         _warn(checked.weights.warning)
     print("Everything that a start needs is there.")

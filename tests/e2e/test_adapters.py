@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from running import STOCK_PROMPTS, Tensorserve, session_processes
 from s3server import S3Server
+from safetensors.torch import load_file, save_file
 
 from fronts import Front, Seen
 from lora_adapter import make_adapter
@@ -25,6 +26,7 @@ from tensorserve.cli import main as tensorserve
 
 PROMPTS = STOCK_PROMPTS[:2]
 BUCKET = "adapters19"
+FILES = ("manifest.json", "adapter_config.json", "adapter_model.tensors")
 TTL = 3
 # A starved machine: what is waited for takes part of a second.
 SECONDS = 120.0
@@ -88,7 +90,7 @@ def served(
             "TENSORSERVE_MODEL_URI": str(bundle),
             "TENSORSERVE_KEY_FILE": str(key_file),
             "TENSORSERVE_ADAPTERS_URI": f"s3://{BUCKET}/adapters",
-            "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,broken,other,renamed,gone",
+            "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,broken,other,renamed,strange,gone",
             "TENSORSERVE_ADAPTERS_TTL": str(TTL),
         }
         engine = Tensorserve(work, environ)
@@ -173,12 +175,25 @@ def test_what_cannot_be_served_is_refused_with_a_reason(served: Served) -> None:
     status, message = served.ask("other")
     assert (status, "does not fit the model" in message) == (400, True), message
 
-    for file in ("manifest.json", "adapter_config.json", "adapter_model.tensors"):
+    for file in FILES:
         source = {"Bucket": BUCKET, "Key": f"adapters/sql/{file}"}
         client.copy_object(Bucket=BUCKET, Key=f"adapters/renamed/{file}", CopySource=source)
     status, message = served.ask("renamed")
     assert (status, "damaged, or not authentic" in message) == (400, True), message
     assert "is the adapter sql" in served.engine.text
+
+
+def test_one_that_vllm_itself_refuses_does_no_harm(served: Served) -> None:
+    """Its modules have names of another format, of which only vLLM can tell."""
+    adapter = make_adapter(served.work / "strange", served.model)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "wq").replace("v_proj", "wv"): tensor
+               for name, tensor in load_file(file).items()}, file)  # fmt: skip
+    served.pack("strange", adapter)
+    for _ in range(5):
+        status, message = served.ask("strange")
+        assert (status, "could not be loaded" in message) == (400, True), message
+    assert served.ask("sql")[0] == 200
 
 
 def test_others_are_answered_while_a_slow_adapter_loads(served: Served) -> None:
@@ -212,11 +227,15 @@ def test_an_adapter_that_was_removed_ends(served: Served) -> None:
     """vLLM answers as for any model that does not exist, and lists it no longer."""
     assert served.ask("gone")[0] == 200
     client = s3_client(served.s3)
-    for file in ("manifest.json", "adapter_config.json", "adapter_model.tensors"):
+    for file in FILES:
         client.delete_object(Bucket=BUCKET, Key=f"adapters/gone/{file}")
     served.engine.wait_for(lambda: served.ask("gone")[0] == 404, SECONDS)
     _, body = served.engine.get("/v1/models")
     assert "gone" not in {model["id"] for model in json.loads(body)["data"]}
+    found = served.engine.state_dir / "found-adapters"
+    served.engine.wait_for(lambda: not list(found.glob("*-gone")), SECONDS)
+    assert served.ask("sql")[0] == 200
+    assert "could not be freed" not in served.engine.text
 
 
 def test_routes_that_load_any_directory_are_closed(served: Served) -> None:

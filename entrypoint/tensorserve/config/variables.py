@@ -248,6 +248,16 @@ def _memory_limit(value: str, name: str) -> int:
     return size
 
 
+def _adapters_memory(value: str, name: str) -> int:
+    size = parse_size(value, name)
+    if size < 1024**2:
+        raise ConfigurationError(
+            f"{name}={_short(value)} is less than 1MiB, too little for an adapter.",
+            hint=f"For example {name}=1GiB.",
+        )
+    return size
+
+
 def _choice(*accepted: str) -> Callable[[str, str], str]:
     def parse(value: str, name: str) -> str:
         if value.lower() in accepted:
@@ -520,9 +530,9 @@ VARIABLES: tuple[Variable, ...] = (
         "1–4096",
     ),
     Variable(
-        "TENSORSERVE_ADAPTERS_MEMORY", "adapters_memory", parse_size, 1024**3,
+        "TENSORSERVE_ADAPTERS_MEMORY", "adapters_memory", _adapters_memory, 1024**3,
         "Host memory for those adapters. Each of vLLM's workers has its own copy besides.",
-        "size", shown_default="1GiB",
+        "size, at least 1MiB", shown_default="1GiB",
     ),
     Variable(
         "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", _names, (),

@@ -115,6 +115,7 @@ def test_what_contradicts_it_is_refused(
         ("TENSORSERVE_ADAPTERS_TTL", "0", "not a number of seconds"),
         ("TENSORSERVE_ADAPTERS_COUNT", "0", "not a whole number"),
         ("TENSORSERVE_ADAPTERS_MEMORY", "much", "is not a size"),
+        ("TENSORSERVE_ADAPTERS_MEMORY", "0", "less than 1MiB"),
         ("TENSORSERVE_ADAPTERS_KEY", "short", "is not a 32-byte key"),
         ("TENSORSERVE_ADAPTER_URI", "s3://x", "Did you mean TENSORSERVE_ADAPTERS_URI?"),
     ],

@@ -18,9 +18,10 @@ from tensorserve.bundle.adapter_identity import AdapterIdentity
 from tensorserve.bundle.manifest import Manifest, TensorsEntry
 from tensorserve.engine.adapters.counts import AdapterCounts
 from tensorserve.engine.adapters.refusal import AdapterRefused, refused
-from tensorserve.engine.adapters.source import Found, Held
+from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.store import REFUSED_SECONDS, REQUEST, AdapterStore, Entry, Limits
 from tensorserve.errors import CorruptError, SourceUnavailableError, TensorserveError
+from tensorserve.launch.adapter_store import Found
 from tensorserve.sources import NotFoundError
 from tensorserve.telemetry.schema import AdaptersCounted, Event
 

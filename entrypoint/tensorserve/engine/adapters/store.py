@@ -29,8 +29,9 @@ from tensorserve.engine.adapters.refusal import (
     AdapterRefused,
     check_name,
 )
-from tensorserve.engine.adapters.source import Found, Held
+from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.threads import in_thread
+from tensorserve.launch.adapter_store import Found
 
 Result = TypeVar("Result")
 
