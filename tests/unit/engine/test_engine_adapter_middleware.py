@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tensorserve.engine.adapters.entry import REQUEST
 from tensorserve.engine.adapters.middleware import ServeAdapters, is_closed
-from tensorserve.engine.adapters.store import REQUEST
 from tensorserve.engine.adapters.vllm_side import VllmEngine, Watched
 
 

@@ -17,9 +17,11 @@ import pytest
 from tensorserve.bundle.adapter_identity import AdapterIdentity
 from tensorserve.bundle.manifest import Manifest, TensorsEntry
 from tensorserve.engine.adapters.counts import AdapterCounts
+from tensorserve.engine.adapters.entry import REQUEST, Entry, Limits
 from tensorserve.engine.adapters.refusal import AdapterRefused, refused
+from tensorserve.engine.adapters.refused_names import REFUSED_SECONDS
 from tensorserve.engine.adapters.source import Held
-from tensorserve.engine.adapters.store import REFUSED_SECONDS, REQUEST, AdapterStore, Entry, Limits
+from tensorserve.engine.adapters.store import AdapterStore
 from tensorserve.errors import CorruptError, SourceUnavailableError, TensorserveError
 from tensorserve.launch.adapter_store import Found
 from tensorserve.sources import NotFoundError
@@ -327,6 +329,26 @@ def test_a_new_name_while_the_store_is_away_is_told_so(shelf: Shelf) -> None:
         assert "bucket" not in found.said
 
     run(work())
+
+
+def test_the_log_is_told_once_that_the_store_is_away(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever asks for how many names; an adapter that is damaged is named each time."""
+
+    async def work() -> None:
+        world = World(shelf)
+        for number in range(50):
+            shelf.errors[f"away-{number}"] = SourceUnavailableError("no answer")
+            await refusal(world, f"away-{number}")
+        for number in range(3):
+            shelf.errors[f"bad-{number}"] = CorruptError("damaged", hint="Pack it again.")
+            await refusal(world, f"bad-{number}")
+
+    run(work())
+    said = capsys.readouterr().err
+    assert said.count("no answer") == 1
+    assert said.count("is not served: damaged Pack it again.") == 3
 
 
 def test_of_too_many_the_one_used_longest_ago_gives_way(shelf: Shelf) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tensorserve.engine.adapters.entry import REQUEST, Entry
 from tensorserve.engine.adapters.serving import serving
-from tensorserve.engine.adapters.store import REQUEST, Entry
 from tensorserve.engine.api_key import App, Receive, Scope, Send
 from tensorserve.errors import TensorserveError
 

@@ -58,7 +58,7 @@ def check_name(name: str, allowed: tuple[str, ...]) -> None:
 
 def refused(error: TensorserveError) -> AdapterRefused:
     """What an error of the store or of the adapter's files means."""
-    message = _WHITE_SPACE.sub(" ", error.message)
+    message = _WHITE_SPACE.sub(" ", str(error))
     if isinstance(error, NotFoundError | ForbiddenError):
         # S3 answers 403 for what does not exist, where the credentials may not list.
         return AdapterRefused(error.reason, UNKNOWN, message, "It does not exist.")

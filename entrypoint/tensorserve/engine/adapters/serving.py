@@ -12,8 +12,9 @@ from typing import Any
 from tensorserve.bundle.adapter_fit import BaseModel
 from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
 from tensorserve.engine.adapters.counts import AdapterCounts
+from tensorserve.engine.adapters.entry import Limits
 from tensorserve.engine.adapters.source import AdapterSource
-from tensorserve.engine.adapters.store import AdapterStore, Limits
+from tensorserve.engine.adapters.store import AdapterStore
 from tensorserve.engine.adapters.vllm_side import VllmEngine
 from tensorserve.launch.context import receive_start
 from tensorserve.telemetry import EventLog, events_path

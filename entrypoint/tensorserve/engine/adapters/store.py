@@ -9,15 +9,24 @@ again between any two steps, and would end if it were gone.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from tensorserve.engine.adapters.counts import AdapterCounts
+from tensorserve.engine.adapters.entry import (
+    CHANGED,
+    EVICTED,
+    REMOVED,
+    REQUEST,
+    UNLOADED,
+    UNUSED,
+    Entry,
+    Limits,
+)
+from tensorserve.engine.adapters.interfaces import Engine, Store
 from tensorserve.engine.adapters.refusal import (
     ENGINE,
     FULL,
@@ -29,15 +38,13 @@ from tensorserve.engine.adapters.refusal import (
     AdapterRefused,
     check_name,
 )
+from tensorserve.engine.adapters.refused_names import RefusedNames
 from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.threads import in_thread
 from tensorserve.launch.adapter_store import Found
 
 Result = TypeVar("Result")
 
-# How long a refused name stays refused: what was just uploaded is found after that.
-REFUSED_SECONDS = 10.0
-_MOST_REFUSED_NAMES = 1024
 # Adapters that are fetched at the same time; each takes its size twice more meanwhile.
 _MOST_FETCHES = 4
 # How often vLLM is given an adapter that it does not take, before it is refused.
@@ -46,78 +53,6 @@ _MOST_TRIES = 3
 _GRACE_SECONDS = 5.0
 # After a look at the store that failed.
 _RETRY_SECONDS = 10.0
-REMOVED, CHANGED, UNUSED, EVICTED, UNLOADED = (
-    "removed", "changed", "unused", "evicted", "unloaded"
-)  # fmt: skip
-"""Why an adapter ends."""
-
-
-class Store(Protocol):
-    """Where adapters come from (engine/adapters/source.py). The methods wait, and raise
-    AdapterRefused."""
-
-    def find(self, name: str) -> Found:
-        """The adapter's manifest."""
-        ...
-
-    def hold(self, found: Found) -> Held:
-        """The adapter, in memory."""
-        ...
-
-
-class Engine(Protocol):
-    """What the store needs of vLLM (engine/adapters/vllm_side.py)."""
-
-    def forget(self, name: str) -> None:
-        """New requests for `name` are to ask the resolver again."""
-        ...
-
-    def tidy(self) -> None:
-        """Forget what names were asked for that do not exist."""
-        ...
-
-    def uses(self, lora_id: int) -> bool:
-        """Whether a request that has not ended uses the adapter."""
-        ...
-
-    async def unload(self, lora_id: int) -> None:
-        """Free the workers' memory of the adapter."""
-        ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds: `allowed` names (empty: all), seconds, how many, bytes."""
-
-    allowed: tuple[str, ...]
-    ttl: float
-    count: int
-    memory: int
-
-
-@dataclass(eq=False)
-class Entry:
-    """An adapter in memory."""
-
-    held: Held
-    looked_at: float
-    """When the store was last asked, and had it."""
-    due_at: float
-    """When it is asked again."""
-    used_at: float
-    asked_at: float = 0.0
-    """When the request came that vLLM loads it for."""
-    lora_id: int | None = None
-    """vLLM's, once it has loaded it."""
-    tries: int = 0
-    """How often vLLM was given it and has not loaded it."""
-    requests: int = 0
-    """Requests that have it and are not answered yet."""
-    checking: bool = False
-
-
-REQUEST: ContextVar[list[Entry] | None] = ContextVar("tensorserve_adapters", default=None)
-"""The adapters of the request that is being answered (engine/adapters/middleware.py)."""
 
 
 class AdapterStore:
@@ -142,7 +77,9 @@ class AdapterStore:
         self._loading: dict[str, asyncio.Task[Entry]] = {}
         self._reserved: dict[str, int] = {}
         """Bytes of those that are being fetched."""
-        self._refused: OrderedDict[str, tuple[float, AdapterRefused]] = OrderedDict()
+        self._refused = RefusedNames()
+        self._told_away = -math.inf
+        """When the log was told that the store is away."""
         self._fetches = asyncio.Semaphore(_MOST_FETCHES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -153,7 +90,7 @@ class AdapterStore:
         asked_at = self._clock()
         try:
             check_name(name, self._limits.allowed)
-            self._raise_refused(name)
+            self._refused.check(name, asked_at)
             entry = self._entries.get(name)
             if entry is None:
                 entry = await self._loaded(name)
@@ -216,9 +153,7 @@ class AdapterStore:
         for entry in list(self._ending):
             if not self._busy(entry, now):
                 self._free(entry)
-        for name, (until, _) in list(self._refused.items()):
-            if until <= now:
-                del self._refused[name]
+        self._refused.forget(now)
         sizes = [entry.held.size for entry in (*self._entries.values(), *self._ending)]
         self._engine.tidy()
         self._counts.tell(now, len(sizes), sum(sizes))
@@ -253,9 +188,19 @@ class AdapterStore:
         self._reserved.pop(name, None)
         error = None if task.cancelled() else task.exception()
         if isinstance(error, AdapterRefused):
-            self._refuse(name, error)
-            if error.status != UNKNOWN:
-                _say(f"adapter {name} is not served: {error.message}")
+            self._refused.add(name, error, self._clock())
+            self._tell(name, error)
+
+    def _tell(self, name: str, refused: AdapterRefused) -> None:
+        """The log, but not of each name while the store is away: there is no end of names."""
+        if refused.status == UNKNOWN:
+            return
+        if refused.status == UNAVAILABLE:
+            now = self._clock()
+            if now - self._told_away < _RETRY_SECONDS:
+                return
+            self._told_away = now
+        _say(f"adapter {name} is not served: {refused.message}")
 
     async def _load(self, name: str) -> Entry:
         async with self._fetches:
@@ -291,7 +236,7 @@ class AdapterStore:
                 "It was found but could not be loaded.",
             )
             self._end(entry, UNLOADED)
-            self._refuse(entry.held.name, refused)
+            self._refused.add(entry.held.name, refused, self._clock())
             raise refused
         if entry.requests == 0:
             entry.tries += 1
@@ -329,17 +274,6 @@ class AdapterStore:
         taken = sum(entry.held.size for entry in held) + sum(self._reserved.values())
         count = len(self._entries) + len(self._reserved)
         return taken + more > self._limits.memory or count >= self._limits.count
-
-    def _refuse(self, name: str, refused: AdapterRefused) -> None:
-        self._refused[name] = (self._clock() + REFUSED_SECONDS, refused)
-        self._refused.move_to_end(name)
-        while len(self._refused) > _MOST_REFUSED_NAMES:
-            self._refused.popitem(last=False)
-
-    def _raise_refused(self, name: str) -> None:
-        until, refused = self._refused.get(name, (0.0, None))
-        if refused is not None and self._clock() < until:
-            raise refused.with_traceback(None)
 
     # Ending -------------------------------------------------------------------------------------
 
