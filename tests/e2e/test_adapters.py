@@ -180,7 +180,7 @@ def test_what_cannot_be_served_is_refused_with_a_reason(served: Served) -> None:
         client.copy_object(Bucket=BUCKET, Key=f"adapters/renamed/{file}", CopySource=source)
     status, message = served.ask("renamed")
     assert (status, "damaged, or not authentic" in message) == (400, True), message
-    assert "is the adapter sql" in served.engine.text
+    served.engine.wait_for(lambda: "is the adapter sql" in served.engine.text, SECONDS)
 
 
 def test_one_that_vllm_itself_refuses_does_no_harm(served: Served) -> None:
