@@ -141,3 +141,43 @@ def test_a_start_without_adapters_ends_instead_of_serving(
     scope = {"type": "lifespan", "app": SimpleNamespace(state=SimpleNamespace())}
     asyncio.run(ServeAdapters(app)(scope, receive, send))
     assert [one["type"] for one in sent] == ["lifespan.startup.failed"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "received", "whole"),
+    [
+        ([{"type": "http.response.start"}, {"type": "http.response.body"}], [], True),
+        ([{"type": "http.response.body", "more_body": True}], [], False),
+        ([{"type": "http.response.body"}], ["http.disconnect"], False),
+        ([{"type": "http.response.body"}], ["http.request"], True),
+    ],
+    ids=["whole", "cut off", "client left", "with a body"],
+)
+def test_it_is_told_whether_the_client_had_its_whole_answer(
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[dict[str, Any]],
+    received: list[str],
+    whole: bool,
+) -> None:
+    """vLLM answers `null` to a client that has left (with_cancellation)."""
+    told: list[bool] = []
+    store = SimpleNamespace(answered=lambda _, whole: told.append(whole))
+    monkeypatch.setattr("tensorserve.engine.adapters.middleware.serving.store", store)
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        for _ in received:
+            await receive()
+        for message in messages:
+            await send(message)
+        if whole:
+            await receive()  # after the answer: no abort
+
+    left = [*received, "http.disconnect"]
+
+    async def receive() -> Any:
+        return {"type": left.pop(0)}
+
+    async def send(_: Any) -> None: ...
+
+    asyncio.run(ServeAdapters(app)({"type": "http", "path": "/v1/completions"}, receive, send))
+    assert told == [whole]

@@ -99,7 +99,9 @@ class World:
         self.shelf, self.vllm, self.now = shelf, Vllm(), 1000.0
         self.events: list[Event] = []
         self.counts = AdapterCounts(self.events.append)
-        self.store = AdapterStore(shelf, self.vllm, limits, self.counts, lambda: self.now)
+        self.store = AdapterStore(
+            shelf, self.vllm, limits, self.counts, lambda: self.now, patience=0.0
+        )
         self._ids = 0
 
     async def load(self, name: str) -> int:
@@ -386,9 +388,52 @@ def test_one_that_is_in_use_is_not_freed(shelf: Shelf, how: str) -> None:
         assert (found.status, found.reason) == (503, "full")
         assert Released.freed == []
         world.vllm.running.clear()
-        world.store.answered(users)
+        world.store.answered(users, whole=True)
         world.now += REFUSED_SECONDS
         assert (await world.store.resolve("b")).name == "b"
+        assert Released.freed == ["0-a"]
+
+    run(work())
+
+
+@pytest.mark.parametrize(("whole", "kept"), [(True, False), (False, True)])
+def test_one_whose_request_was_aborted_stays_for_a_while(
+    shelf: Shelf, whole: bool, kept: bool
+) -> None:
+    """The engine hears of it a moment later, and may have begun to read the adapter."""
+
+    async def work() -> None:
+        world = World(shelf)
+        users: list[Entry] = []
+        REQUEST.set(users)
+        await world.load("a")
+        world.store.unloaded("a")
+        world.store.answered(users, whole=whole)
+        await world.pass_time(1)
+        assert (Released.freed == []) is kept
+        await world.pass_time(5)
+        assert Released.freed == ["0-a"]
+
+    run(work())
+
+
+def test_a_load_waits_until_there_is_room(shelf: Shelf) -> None:
+    """A request that ends makes some; meanwhile other loads go on."""
+
+    async def work() -> None:
+        world = World(shelf, Limits((), TTL, 1, 1000))
+        world.store = AdapterStore(
+            shelf, world.vllm, Limits((), TTL, 1, 1000), world.counts, lambda: world.now
+        )
+        world.vllm.running.add(await world.load("a"))
+        world.now += 10
+        waiting = asyncio.create_task(world.store.resolve("b"))
+        while not shelf.asked["b"]:
+            await asyncio.sleep(0.01)
+        assert (await refusal(world, "new")).reason == "not_found"
+        assert not waiting.done()
+        world.vllm.running.clear()
+        assert (await waiting).name == "b"
         assert Released.freed == ["0-a"]
 
     run(work())
@@ -487,7 +532,7 @@ def test_one_that_ends_while_vllm_loads_it_does_not_stay(shelf: Shelf) -> None:
         assert Released.freed == [], "vLLM still reads it"
         world.store.loaded("a", str(held.directory), 7)
         assert world.vllm.forgotten == ["a"]
-        world.store.answered(users)
+        world.store.answered(users, whole=True)
         await world.pass_time(6)
         assert Released.freed == ["0-a"]
         assert world.vllm.unloaded == [7]

@@ -33,6 +33,8 @@ class Entry:
     due_at: float
     """When it is asked again."""
     used_at: float
+    in_use_until: float = 0.0
+    """Until then a request may be on its way to the engine, or an aborted one still in it."""
     asked_at: float = 0.0
     """When the request came that vLLM loads it for."""
     lora_id: int | None = None

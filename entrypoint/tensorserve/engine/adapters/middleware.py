@@ -8,6 +8,7 @@ come with its resolver interface, answer 404 as if they were not there.
 from __future__ import annotations
 
 import json
+from collections.abc import MutableMapping
 from typing import Any
 
 from tensorserve.engine.adapters.entry import REQUEST, Entry
@@ -47,13 +48,27 @@ class ServeAdapters:
             await _refuse(send)
             return
         used: list[Entry] = []
+        whole, left = False, False
+
+        async def receiving() -> MutableMapping[str, Any]:
+            nonlocal left
+            message = await receive()
+            left = left or (not whole and message["type"].endswith(".disconnect"))
+            return message
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            nonlocal whole
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            whole = whole or (last and not left)
+            await send(message)
+
         token = REQUEST.set(used)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receiving, sending)
         finally:
             REQUEST.reset(token)
             if serving.store is not None:
-                serving.store.answered(used)
+                serving.store.answered(used, whole=whole)
 
 
 def is_closed(scope: Scope) -> bool:

@@ -49,8 +49,11 @@ Result = TypeVar("Result")
 _MOST_FETCHES = 4
 # How often vLLM is given an adapter that it does not take, before it is refused.
 _MOST_TRIES = 3
-# Until a request that is being prepared has reached the engine.
-_GRACE_SECONDS = 5.0
+# Until a request that goes on after its answer (the Responses API in the background) has reached
+# the engine; and until one that was aborted has left it.
+_GRACE_SECONDS, _ABORT_SECONDS = 0.5, 5.0
+# How long a load waits for room, and how often it looks.
+_PATIENCE, _SECONDS_BETWEEN_LOOKS = 10.0, 0.1
 # After a look at the store that failed.
 _RETRY_SECONDS = 10.0
 
@@ -65,12 +68,15 @@ class AdapterStore:
         limits: Limits,
         counts: AdapterCounts,
         clock: Callable[[], float] = time.monotonic,
+        patience: float = _PATIENCE,
     ) -> None:
+        """`patience`: seconds that a load waits for room."""
         self._store = store
         self._engine = engine
         self._limits = limits
         self._counts = counts
         self._clock = clock
+        self._patience = patience
         self._entries: dict[str, Entry] = {}
         self._ending: list[Entry] = []
         """No new request finds them; those that run still use them."""
@@ -123,13 +129,13 @@ class AdapterStore:
     def touched(self, name: str) -> None:
         """A request has asked whether vLLM has the adapter, and is about to take it."""
         if (entry := self._entries.get(name)) is not None:
-            entry.used_at = self._clock()
+            self._use(entry, hit=True)
 
-    def answered(self, entries: list[Entry]) -> None:
-        """A request that has used `entries` is over."""
+    def answered(self, entries: list[Entry], *, whole: bool) -> None:
+        """A request that has used `entries` is over. `whole`: not aborted by its client."""
         for entry in entries:
             entry.requests -= 1
-            entry.used_at = self._clock()
+            self._mark(entry, _GRACE_SECONDS if whole else _ABORT_SECONDS)
 
     def unloaded(self, name: str) -> None:
         """vLLM has been told to forget it by somebody else."""
@@ -206,7 +212,8 @@ class AdapterStore:
         async with self._fetches:
             began = self._clock()
             found = await self._wait(lambda: self._store.find(name))
-            self._reserve(found)
+        await self._room_for(found)
+        async with self._fetches:
             held = await self._wait(lambda: self._store.hold(found))
         self._entries[name] = entry = Entry(
             held, began, began + self._limits.ttl, used_at=self._clock()
@@ -243,9 +250,10 @@ class AdapterStore:
         entry.asked_at = asked_at
         self._use(entry, hit=False)
 
-    def _reserve(self, found: Found) -> None:
-        """Room for one more. Raises AdapterRefused; may end one that nobody uses now."""
-        limits, now = self._limits, self._clock()
+    async def _room_for(self, found: Found) -> None:
+        """Reserve room; ends others that nobody uses, and waits for one. Raises AdapterRefused."""
+        limits, loop = self._limits, asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
         if found.size > limits.memory:
             raise AdapterRefused(
                 TOO_LARGE,
@@ -255,8 +263,15 @@ class AdapterStore:
                 "It was found but could not be loaded: it is too large.",
             )
         while self._is_full(found.size):
+            now = self._clock()
             idle = [entry for entry in self._entries.values() if not self._busy(entry, now)]
-            if not idle:
+            if idle:
+                entry = min(idle, key=lambda one: one.used_at)
+                self._end(entry, EVICTED)
+                self._free(entry)
+            elif loop.time() < deadline:
+                await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+            else:
                 raise AdapterRefused(
                     FULL,
                     UNAVAILABLE,
@@ -264,9 +279,6 @@ class AdapterStore:
                     "(TENSORSERVE_ADAPTERS_COUNT, TENSORSERVE_ADAPTERS_MEMORY)",
                     "There is no room for another adapter now. Try again later.",
                 )
-            entry = min(idle, key=lambda one: one.used_at)
-            self._end(entry, EVICTED)
-            self._free(entry)
         self._reserved[found.name] = found.size
 
     def _is_full(self, more: int) -> bool:
@@ -318,20 +330,24 @@ class AdapterStore:
             self._start(self._engine.unload(entry.lora_id))
 
     def _busy(self, entry: Entry, now: float) -> bool:
-        if entry.requests or now - entry.used_at < _GRACE_SECONDS:
+        if entry.requests or now < entry.in_use_until:
             return True
         return entry.lora_id is not None and self._engine.uses(entry.lora_id)
 
     # Else ---------------------------------------------------------------------------------------
 
     def _use(self, entry: Entry, *, hit: bool) -> None:
-        entry.used_at = self._clock()
+        self._mark(entry, _GRACE_SECONDS)
         users = REQUEST.get()
         if users is None or entry in users:
             return
         users.append(entry)
         entry.requests += 1
         self._counts.hits += hit
+
+    def _mark(self, entry: Entry, seconds: float) -> None:
+        entry.used_at = self._clock()
+        entry.in_use_until = max(entry.in_use_until, entry.used_at + seconds)
 
     def _start(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type]
