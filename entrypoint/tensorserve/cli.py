@@ -147,6 +147,14 @@ def _parser() -> _Parser:
         commands.add_parser("pack", help="make a bundle from a Hugging Face directory")
     )
 
+    from tensorserve.packing.adapter_options import add_adapter_options
+
+    add_adapter_options(
+        commands.add_parser(
+            "pack-adapter", help="make a bundle of one LoRA adapter, to be found while serving"
+        )
+    )
+
     verify = commands.add_parser("verify", help="read a whole bundle and authenticate every byte")
     verify.add_argument("uri", metavar="URI")
     sign = commands.add_parser(
@@ -318,7 +326,7 @@ def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.config.launch_plan import make_plan
     from tensorserve.config.settings import Settings
     from tensorserve.launch.completeness import check_files
-    from tensorserve.launch.preflight import Passed, run_checks
+    from tensorserve.launch.preflight import Passed, check_adapters, run_checks
 
     settings = Settings.from_environment(environ)
     _warn(*settings.warnings)
@@ -330,6 +338,9 @@ def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     checked = run_checks(settings, plan, report, _note)
     for passed in check_files(checked.settings, plan, checked):
         report(passed)
+    if (found := check_adapters(checked.settings)) is not None:
+        report(found[0])
+        _warn(*found[1])
     if checked.weights.warning is not None:
         _warn(checked.weights.warning)
     print("Everything that a start needs is there.")
@@ -392,6 +403,22 @@ def _pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with _ByteBar("packing") as bar:
         result = pack_as_asked(options, access_for(settings), bar, services_for(settings, _note))
     print(result)
+    return 0
+
+
+def _pack_adapter(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from tensorserve.packing.adapter_options import pack_adapter_as_asked
+
+    _stop_cleanly()
+    options.destination = _uri(options.destination, "DEST")
+    if options.model is not None:
+        options.model = _uri(options.model, "--model")
+    settings = _settings(environ)
+    with _ByteBar("packing") as bar:
+        done = pack_adapter_as_asked(
+            options, settings, lambda uri: _settings_with_key(environ, uri), bar
+        )
+    print(done)
     return 0
 
 
@@ -593,8 +620,9 @@ def _report(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 _COMMANDS = {
-    "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack, "verify": _verify,
-    "sign": _sign, "rewrap": _rewrap, "rekey": _rekey, "precompile": _precompile,
+    "up": _up, "serve": _serve, "plan": _plan, "check": _check, "pack": _pack,
+    "pack-adapter": _pack_adapter, "verify": _verify, "sign": _sign, "rewrap": _rewrap,
+    "rekey": _rekey, "precompile": _precompile,
     "report": _report, "health": _health, "engine": _engine, "exporter": _exporter, "watch": _watch,
 }  # fmt: skip
 

@@ -1,11 +1,15 @@
 """What does vLLM call in each of its processes? The registration of this package's model loaders.
 
 Load format `tensorizer` becomes TensorserveLoader, and `tensorserve-pack` the loader of
-`pack --layout vllm`. vLLM's variable `VLLM_PLUGINS` (an allow-list) can exclude this plugin. The
-code that depends on vLLM's internals is in engine/.
+`pack --layout vllm`.
+Where adapters are found while serving, vLLM's API server asks our resolver. vLLM's variable
+`VLLM_PLUGINS` (an allow-list) can exclude this plugin. The code that depends on vLLM's internals is
+in engine/.
 """
 
 from __future__ import annotations
+
+import os
 
 from tensorserve.engine.gc_threshold import collect_as_usual
 from tensorserve.engine.import_hook import when_imported
@@ -20,6 +24,15 @@ def register() -> None:
     collect_as_usual()  # most of vLLM is imported by now
     when_imported("vllm.model_executor.model_loader", _register_loaders)
     when_imported("vllm.compilation.decorators", _adapt_compilation)
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):  # config/adapter_flags.py
+        # The API server's alone.
+        when_imported("vllm.entrypoints.openai.models.serving", _register_resolver)
+
+
+def _register_resolver() -> None:
+    from tensorserve.engine.adapters.resolver import register_resolver
+
+    register_resolver()
 
 
 def _adapt_compilation() -> None:

@@ -61,6 +61,9 @@ def manifest(data: bytes) -> str:
             assert text.isprintable()
             assert len(text) < 9_000
             _asked_of(entry)
+    if made.adapter is not None:
+        assert not leaves_bundle(made.adapter.name)
+        assert "/" not in made.adapter.name
     if made.fingerprint is not None:
         assert made.fingerprint.ranks <= MOST_RANKS
     return "accepted"

@@ -50,7 +50,8 @@ def test_adapters_of_a_bundle_answer_as_with_stock_vllm(
         for name, answer in wanted.items():
             assert engine.completions(name, PROMPTS) == answer, name
         files = [p for p in engine.state_dir.rglob("*") if p.is_file() and not p.is_symlink()]
-        assert not [p for p in files if p.suffix == ".safetensors"]
+        # Of the model there is a header without data (bundle/stand_ins.py).
+        assert not [p for p in files if p.name == "adapter_model.safetensors"]
 
     checked = subprocess.run(
         [words[0], "verify", uri],

@@ -6,9 +6,10 @@ Each adapter is ``adapters/NAME/adapter_model.tensors`` and ``adapters/NAME/adap
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 from tensorserve.bounded_json import read_json
+from tensorserve.bundle.adapter_identity import ADAPTER_NAME
 from tensorserve.bundle.manifest import Manifest
 from tensorserve.errors import ConfigurationError, CorruptError
 
@@ -16,9 +17,13 @@ ADAPTERS = "adapters"
 WEIGHTS, CONFIG = "adapter_model.tensors", "adapter_config.json"
 # The weights file that vLLM opens in an adapter's directory.
 SAFETENSORS = "adapter_model.safetensors"
-# The name is a model name in requests, a directory name, and part of a vLLM flag.
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MOST_CONFIG_BYTES = 1024**2
+_UNSERVED = (
+    *("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
+    *("use_bdlora", "use_qalora"),
+)
+# Values of init_lora_weights that leave the model's own weights unchanged.
+_SERVED_INITIALIZATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 # An upper bound for a plausible rank. vLLM accepts up to 512; the start checks that limit.
 _MAX_RANK = 65536
 
@@ -59,3 +64,20 @@ def rank_of(config: bytes, where: str) -> int:
             "the rank.",
         ) from error
     return max(ranks)
+
+
+def unserved(config: dict[str, Any]) -> str | None:
+    """The first setting of an adapter_config.json that vLLM 0.32.0 refuses; None if it serves all.
+
+    vLLM refuses it only when it loads the adapter. Follows lora/peft_helper.py,
+    `_validate_features` and `validate_legal`.
+    """
+    kept = config.get("modules_to_save")
+    if isinstance(kept, list) and set(map(str, kept)) - {"classifier", "score"}:
+        return f"modules_to_save {kept}"
+    initial = config.get("init_lora_weights", True)
+    if isinstance(initial, str) and initial.lower() not in _SERVED_INITIALIZATIONS:
+        return f"init_lora_weights {initial!r}"
+    if (bias := config.get("bias", "none")) != "none":
+        return f"bias {bias!r}"
+    return next((f"{flag} {config[flag]!r}" for flag in _UNSERVED if config.get(flag)), None)

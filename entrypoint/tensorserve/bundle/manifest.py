@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from tensorserve import sources
 from tensorserve.bounded_json import read_json
+from tensorserve.bundle import adapter_identity
+from tensorserve.bundle.adapter_identity import AdapterIdentity
 from tensorserve.bundle.engine_fingerprint import HF, LAYOUTS, VLLM, Fingerprint
 from tensorserve.bundle.file_names import leaves_bundle
 from tensorserve.bundle.json_fields import JsonFields
@@ -108,6 +110,8 @@ class Manifest:
     """How its keys are derived; None for a plain bundle and in version 1."""
     wrapped_keys: WrappedKeys | None = None
     """The model's key for those who have another one; None if nobody has."""
+    adapter: AdapterIdentity | None = None
+    """Which adapter this bundle holds instead of a model; None: it holds a model."""
 
     @property
     def layout(self) -> str:
@@ -145,6 +149,8 @@ class Manifest:
         }
         if self.fingerprint is not None:
             document["fingerprint"] = self.fingerprint.to_json()
+        if self.adapter is not None:
+            document[adapter_identity.MEMBER] = self.adapter.to_json()
         if self.wrapped_keys is not None:
             document[MEMBER] = self.wrapped_keys.to_json()
         if keys is not None:
@@ -241,6 +247,7 @@ def parse_manifest(
         if len(set(names)) != len(names):
             raise ValueError("it names a file twice")
         sealed = document.get("encryption")
+        adapter = document.content.get(adapter_identity.MEMBER) if version == VERSION else None
         fingerprint = None
         if layout == VLLM:
             fingerprint = Fingerprint.from_json(document.get("fingerprint"))
@@ -258,6 +265,7 @@ def parse_manifest(
             content_sha256=content_sha256(document.content),
             parameters=parameters,
             wrapped_keys=wrapped,
+            adapter=None if adapter is None else AdapterIdentity.from_json(adapter),
         )
     except ValueError as error:
         raise CorruptError(

@@ -128,6 +128,16 @@ def check_stand_in(path: Path) -> None:
             )
 
 
+def shapes_in(directory: Path) -> dict[str, HeaderEntry]:
+    """{tensor: its header entry} of the safetensors files at the root of `directory`, stand-ins
+    or not. Files without a valid header are left out."""
+    found: dict[str, HeaderEntry] = {}
+    for path in sorted(directory.glob(f"*{STAND_IN_SUFFIX}")):
+        header = _read_header(path) if path.is_file() else None
+        found |= header.tensors if header is not None else {}
+    return found
+
+
 def _merged(headers: Mapping[str, _Header | None], cast: Cast | None) -> list[StandIn]:
     """One stand-in for each kind of file (Mistral's and others): vLLM merges all headers anyway."""
     kinds: dict[bool, dict[str, _Header]] = {False: {}, True: {}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tensorserve.bundle.keys import GivenKey, ModelKey, parse_passphrase
-from tensorserve.config.settings import SourceSettings
+from tensorserve.config.settings import Settings, SourceSettings
 from tensorserve.errors import TensorserveError
 from tensorserve.sources import Access, RetryPolicy
 from tensorserve.sources.tuning import DEFAULTS
@@ -58,6 +58,13 @@ def compiled_key_for(settings: SourceSettings, *, encrypted: bool) -> ModelKey |
     if settings.compiled_key is not None:
         return GivenKey(settings.compiled_key.reveal(), settings.compiled_key.origin)
     return key_for(settings) if encrypted else None
+
+
+def adapters_key_for(settings: Settings) -> ModelKey | None:
+    """The key of adapters that are found while serving: one of their own, else the model's."""
+    if settings.adapters_key is not None:
+        return GivenKey(settings.adapters_key.reveal(), settings.adapters_key.origin)
+    return key_for(settings)
 
 
 def has_key(settings: SourceSettings) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tensorserve.bundle.location import SHARD_PATTERN, served_name_of, shard_name, split_model_uri
-from tensorserve.config import vllm_flags
+from tensorserve.config import adapter_flags, vllm_flags
 from tensorserve.config.access import services_for
 from tensorserve.config.compile_caches import cache_root, cache_variables
 from tensorserve.config.draft_model import Draft
@@ -30,7 +30,7 @@ _WHOLE = re.compile(r"[0-9]{1,18}")
 # What vLLM's --max-lora-rank may be (vllm/config/lora.py, 0.32.0), and is by default.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_LORA_RANK = 16
-_MODULES = "lora-modules"
+_MODULES, _RANK = "lora-modules", "max-lora-rank"
 # vLLM's server stays up when its engine has died (vllm/entrypoints/launchers/launcher.py).
 _KEPT_ALIVE = "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"
 # As `vllm serve --middleware` wants it: engine/api_key.py.
@@ -66,6 +66,8 @@ class LaunchPlan:
     """What the flags say of the engine's fingerprint (bundle/engine_fingerprint.py) beside the size
     above.
     """
+    chosen_for_adapters: tuple[str, ...] = ()
+    """Words of `arguments` that TENSORSERVE_ADAPTERS_URI has added."""
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -115,6 +117,10 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     merged = merged.adding(*given.without(*vllm_flags.SECRET).given)
     secret_flags = _secret_flags(settings, given)
     environment = _engine_environment(settings)
+    chosen = adapter_flags.flags_for_adapters(merged, settings, dict(settings.environment))
+    merged = merged.adding(*chosen)
+    if settings.adapters_uri is not None:
+        merged = merged.adding(Argument("middleware", (adapter_flags.MIDDLEWARE,)))
     if any(name == "api-key" for name, _ in secret_flags):
         _refuse_unguarded_doors(merged, dict(environment))
         # vLLM calls the last one first.
@@ -140,6 +146,7 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
         host=host,
         port=port,
         engine=_engine(options),
+        chosen_for_adapters=tuple(word for argument in chosen for word in argument.words()),
     )
 
 
@@ -206,13 +213,17 @@ def with_adapters(plan: LaunchPlan, adapters: Sequence[tuple[str, Path, int]]) -
     if plan.options.lora is None:
         arguments = arguments.adding(Argument("enable-lora"))
     rank = max(rank for _, _, rank in adapters)
-    if "max-lora-rank" not in arguments.names and rank > _DEFAULT_LORA_RANK:
+    default = _DEFAULT_LORA_RANK
+    if f"--{_RANK}={adapter_flags.MAX_LORA_RANK}" in plan.chosen_for_adapters:
+        default = adapter_flags.MAX_LORA_RANK
+        arguments = arguments.without(_RANK) if rank > default else arguments
+    if _RANK not in arguments.names and rank > default:
         fitting = [allowed for allowed in _LORA_RANKS if allowed >= rank]
         if not fitting:
             raise ConfigurationError(
                 f"An adapter is of rank {rank}; vLLM serves up to {_LORA_RANKS[-1]}."
             )
-        arguments = arguments.adding(Argument("max-lora-rank", (str(fitting[0]),)))
+        arguments = arguments.adding(Argument(_RANK, (str(fitting[0]),)))
     modules = [
         json.dumps({"name": name, "path": str(path), "base_model_name": plan.served_name})
         for name, path, _ in adapters
@@ -239,6 +250,7 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
         "key": _shown_key(settings),
         **_shown_trust(settings),
         **_shown_draft(plan.options.draft),
+        **_shown_adapters(plan, settings),
         "command": [redact_text(word) for word in plan.argv],
         "secrets_in_memory": sorted(
             [f"--{name}" for name, _ in plan.secret_flags]
@@ -248,6 +260,7 @@ def describe(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
                     ("key", settings.key),
                     ("passphrase", settings.passphrase),
                     ("compiled key", settings.compiled_key),
+                    ("adapters' key", settings.adapters_key),
                     ("vault token", settings.vault.token),
                     ("vault secret id", settings.vault.secret_id),
                 )
@@ -292,6 +305,22 @@ def _shown_draft(draft: Draft | None) -> dict[str, object]:
     return {"draft": "packed with the bundle" if draft.packed else shown}
 
 
+def _shown_adapters(plan: LaunchPlan, settings: Settings) -> dict[str, object]:
+    """Where adapters come from while serving, what opens them, and which flags that has added."""
+    if settings.adapters_uri is None:
+        return {}
+    key = settings.adapters_key
+    added = " ".join(plan.chosen_for_adapters) or "none"
+    return {
+        "adapters": {
+            "from": redact_uri(settings.adapters_uri),
+            "names": ", ".join(settings.adapters_allow) or "all",
+            "key": "as the model's" if key is None else f"from {key.origin}",
+            "flags added": added,
+        }
+    }
+
+
 def _shown(name: str, value: str, passed: tuple[str, ...]) -> str:
     """A variable's value; redacted where its name or TENSORSERVE_PASS_ENV tells of a secret."""
     parts = name.upper().split("_")
@@ -306,6 +335,8 @@ def _engine_environment(settings: Settings) -> tuple[tuple[str, str], ...]:
     """The allow-listed environment, with what a served bundle never needs switched off."""
     # Everything is in the bundle: nothing is fetched from a hub. No usage statistics are sent.
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if settings.adapters_uri is not None:
+        defaults[adapter_flags.UPDATING] = "1"
     given = dict(settings.environment)
     root = cache_root(given)
     if root is not None:

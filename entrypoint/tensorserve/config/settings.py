@@ -48,6 +48,8 @@ AZURE_SECRETS = {
     "AZURE_CLIENT_SECRET": None,
 }
 _HUB_TOKEN = "HF_TOKEN"
+_ADAPTERS = "TENSORSERVE_ADAPTERS_"
+_ADAPTERS_URI = f"{_ADAPTERS}URI"
 # OpenBao's command line takes its own name first.
 VAULT_SECRETS = {"BAO_TOKEN": "VAULT_TOKEN"}
 _IN_HEADERS = frozenset(
@@ -65,9 +67,10 @@ _BYTES = frozenset(
         "TENSORSERVE_COMPILED_SIGNATURE_KEY",
         "TENSORSERVE_SIGNATURE_KEY",
         "TENSORSERVE_SIGNATURE_CERTIFICATES",
+        "TENSORSERVE_ADAPTERS_KEY",
     }
 )
-_RAW_KEYS = frozenset({"TENSORSERVE_KEY", "TENSORSERVE_COMPILED_KEY"})
+_RAW_KEYS = frozenset({"TENSORSERVE_KEY", "TENSORSERVE_COMPILED_KEY", "TENSORSERVE_ADAPTERS_KEY"})
 # Variables that Kubernetes sets in each pod for a Service (enableServiceLinks).
 _SERVICE_LINK = re.compile(
     r"TENSORSERVE_(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)"
@@ -89,6 +92,8 @@ _GUARDS = {
     "TENSORSERVE_VERIFY": "auto decides",
     "TENSORSERVE_COMPILED_KEY": "the model's key opens compiled code",
     "TENSORSERVE_COMPILED_SIGNATURE_KEY": "compiled code needs no signature",
+    "TENSORSERVE_ADAPTERS_KEY": "the model's key opens adapters",
+    "TENSORSERVE_ADAPTERS_ALLOW": "adapters of all names are served",
     "TENSORSERVE_VLLM_API_KEY": "the API needs no key",
 }
 AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
@@ -162,6 +167,17 @@ class Settings(SourceSettings):
     """One of `auto`, `off`, `required`."""
     share_load: str
     """One of `auto`, `on`, `off`."""
+    adapters_uri: str | None
+    """Where adapters are found while serving."""
+    adapters_key: Secret | None
+    """32 bytes."""
+    adapters_allow: tuple[str, ...]
+    """Names, with `*` for any characters; empty: all."""
+    adapters_ttl: float
+    """Seconds."""
+    adapters_count: int
+    adapters_memory: int
+    """Bytes."""
     import_once: str
     engine_restarts: int
     start_deadline: float
@@ -189,7 +205,7 @@ class Settings(SourceSettings):
             value = attrgetter(variable.attribute)(self)
             if isinstance(value, Secret):
                 text = f"{REDACTED} (from {value.origin})"
-            elif variable.private:
+            elif variable.private and value is not None:
                 text = redact_uri(value)
             elif value is None or value == ():
                 text = variable.shown_default or "none"
@@ -245,6 +261,7 @@ class _Reader:
                 "Give each its own port.",
             )
         self._settle_deadlines(values)
+        self._check_adapters(values)
         flags, secret_flags = self._flags()
         stores = self._stores(values, dict(secret_flags).get(FLAG_ALIASES[_HUB_TOKEN]))
         self.raise_problems()
@@ -299,12 +316,23 @@ class _Reader:
                 "TENSORSERVE_KEY_FINGERPRINT is for keys, and a passphrase is set.",
                 "Unset one of them; TENSORSERVE_MANIFEST_SHA256 pins a bundle.",
             )
-        for name in ("key", "compiled_key"):
+        for name in ("key", "compiled_key", "adapters_key"):
             if values.get(name) is not None:
                 values[name] = self._parsed_key(values[name], f"TENSORSERVE_{name.upper()}")
         if values.get("compiled_signature_key") is not None:
             self._check_public_key(values["compiled_signature_key"])
         self._check_trust(values)
+
+    def _check_adapters(self, values: dict[str, Any]) -> None:
+        """What is said of adapters means nothing without the place where they are found."""
+        if values["adapters_uri"] is not None or _ADAPTERS_URI in self.environ:
+            return
+        for name in sorted(self.environ):
+            if name.removesuffix("_FILE") in BY_NAME and name.startswith(_ADAPTERS):
+                self._problem(
+                    f"{name} is set, and {_ADAPTERS_URI} is not.",
+                    f"Set {_ADAPTERS_URI} to where the adapters are, or unset {name}.",
+                )
 
     def _settle_deadlines(self, values: dict[str, Any]) -> None:
         """A start must be able to wait for its source; the one that is not given follows."""

@@ -158,6 +158,17 @@ def _model_uri(value: str, name: str) -> str:
     return str(path)
 
 
+def _adapters_uri(value: str, name: str) -> str:
+    """As parse_uri; a path becomes absolute: other processes have other working directories."""
+    uri = parse_uri(value, name)
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    try:
+        return str(Path.cwd() / uri)
+    except OSError:  # it was removed
+        return uri
+
+
 def _port(value: str, name: str) -> int:
     if _WHOLE.fullmatch(value) and 0 < int(value) < 65536:
         return int(value)
@@ -237,6 +248,16 @@ def _memory_limit(value: str, name: str) -> int:
     return size
 
 
+def _adapters_memory(value: str, name: str) -> int:
+    size = parse_size(value, name)
+    if size < 1024**2:
+        raise ConfigurationError(
+            f"{name}={_short(value)} is less than 1MiB, too little for an adapter.",
+            hint=f"For example {name}=1GiB.",
+        )
+    return size
+
+
 def _choice(*accepted: str) -> Callable[[str, str], str]:
     def parse(value: str, name: str) -> str:
         if value.lower() in accepted:
@@ -255,6 +276,21 @@ COMPILING = "compiling"
 
 def _compiled(value: str, name: str) -> str:
     return value if value == COMPILING else _choice("auto", "off", "required")(value, name)
+
+
+_ADAPTER_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,127}")
+
+
+def _adapter_names(value: str, name: str) -> tuple[str, ...]:
+    patterns = _names(value, name)
+    for pattern in patterns:
+        if not _ADAPTER_PATTERN.fullmatch(pattern):
+            raise ConfigurationError(
+                f"{name}: {_short(pattern)} is neither an adapter's name nor a pattern of names.",
+                hint="Names have letters, digits, '.', '_' and '-'; '*' stands for any of them: "
+                f"{name}=sql,team-a-*.",
+            )
+    return patterns
 
 
 def _truth(value: str, name: str) -> bool:
@@ -490,6 +526,44 @@ VARIABLES: tuple[Variable, ...] = (
         "The public half of `precompile --sign-key`: compiled code without its signature is "
         "refused (65). A server that was broken into can seal code, but cannot sign it.",
         "an Ed25519 public key in PEM", secret=True, shown_default="none: no signature is needed",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_URI", "adapters_uri", _adapters_uri, None,
+        "Where LoRA adapters are found while serving: a request for the model `NAME` is answered "
+        "with the adapter that `tensorserve pack-adapter` put there under `NAME/` "
+        "(docs/adapters.md).",
+        "path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, `hf://`",
+        private=True, shown_default="none: only the adapters in the bundle are served",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_KEY", "adapters_key", _text, None,
+        "The key of those adapters, if it is not the model's. Where there is a key, plain adapters "
+        "are refused.",
+        "32 bytes: raw (in a file), hex or base64",
+        secret=True, shown_default="the model's key or passphrase",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_ALLOW", "adapters_allow", _adapter_names, (),
+        "Names of adapters that may be served; `*` stands for any characters. All others are "
+        "refused before the store is asked.",
+        "names, comma-separated", shown_default="all names",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_TTL", "adapters_ttl", _seconds, 300.0,
+        "After how long the store is asked whether an adapter is still there and the same. One "
+        "that nobody has used for so long is let go.",
+        "seconds, 1–86400", shown_default="300",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_COUNT", "adapters_count", _count(1, 4096), 16,
+        "How many of those adapters are held at once; of more, the one that was used longest ago "
+        "gives way. Also `--max-cpu-loras`, if that is not set.",
+        "1–4096",
+    ),
+    Variable(
+        "TENSORSERVE_ADAPTERS_MEMORY", "adapters_memory", _adapters_memory, 1024**3,
+        "Host memory for those adapters. Each of vLLM's workers has its own copy besides.",
+        "size, at least 1MiB", shown_default="1GiB",
     ),
     Variable(
         "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", _names, (),

@@ -21,10 +21,13 @@ _REFERENCE = re.compile(r"/proc/\d+/fd/\d+")
 _MAX_BYTES = 16 * 1024 * 1024
 
 
-def publish(data: bytes | bytearray, name: str = "tensorserve") -> str:
-    """Put `data` into a sealed memfd that survives `exec`, and return its path for readers.
+def publish(
+    data: bytes | bytearray, name: str = "tensorserve", *, survives_exec: bool = True
+) -> str:
+    """Put `data` into a sealed memfd, and return its path for readers.
 
-    The descriptor stays open (and so the path valid) as long as this process id lives.
+    The descriptor stays open (and so the path valid) as long as this process id lives, or until
+    `withdraw`. Without `survives_exec`, programs that this process starts do not inherit it.
     """
     fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
     try:
@@ -35,11 +38,21 @@ def publish(data: bytes | bytearray, name: str = "tensorserve") -> str:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         # 0400: no reader can open it for writing.
         os.fchmod(fd, 0o400)
-        os.set_inheritable(fd, True)
+        os.set_inheritable(fd, survives_exec)
     except BaseException:
         os.close(fd)
         raise
     return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def withdraw(reference: str) -> None:
+    """Close what this process has published at `reference`. What readers have open stays.
+
+    Raises TensorserveError for what is not of this process.
+    """
+    if holder(reference) != os.getpid():
+        raise TensorserveError(f"{reference} is not of this process.")
+    os.close(int(reference.rpartition("/")[2]))
 
 
 def holder(reference: str) -> int:

@@ -6,6 +6,7 @@ A small .tensors file is fetched whole, authenticated and opened here, and put i
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ class Holder:
 
         It stays there as long as this process. Raises CorruptError and the sources' errors.
         """
+        link.symlink_to(handoff.publish(self.image(file), "weights"))
+
+    def image(self, file: str) -> bytearray:
+        """`file` of the bundle, fetched, authenticated and opened, as a safetensors file.
+
+        Raises CorruptError and the sources' errors.
+        """
         # Small: a plain one's digests are compared wherever it comes from.
         rule = verification_of(
             self.settings.verify,
@@ -48,8 +56,7 @@ class Holder:
             encrypted=self.key is not None,
             pinned=False,
         )
-        image = self._open_twice(file, self.manifest.tensors_files[file], rule)
-        link.symlink_to(handoff.publish(image, "weights"))
+        return self._open_twice(file, self.manifest.tensors_files[file], rule)
 
     def _open_twice(self, file: str, entry: TensorsEntry, rule: Verification) -> bytearray:
         """Fetch again once where it looks damaged: the damage may be of the transfer."""
@@ -62,7 +69,7 @@ class Holder:
                         f"{source.name} is {source.size} bytes, the manifest says {entry.size}.",
                         hint="It was replaced or damaged. Upload the bundle again.",
                     )
-                content = _Fetched(source.name, source.read(0, source.size))
+                content = _Fetched.of(source)
             finally:
                 source.close()
             try:
@@ -123,8 +130,22 @@ class _Fetched(Source):
     pinned = True
     version: str | None = None
 
-    def __init__(self, name: str, data: bytes) -> None:
+    def __init__(self, name: str, data: memoryview) -> None:
         self.name, self.size, self._data = name, len(data), data
+
+    @classmethod
+    def of(cls, source: Source) -> _Fetched:
+        """Read `source` whole. Raises its errors.
+
+        Neither clearing nor copying its memory keeps other threads waiting for the interpreter:
+        adapters are fetched beside the API server's event loop.
+        """
+        if not source.size:
+            return cls(source.name, memoryview(b""))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        data = memoryview(mmap.mmap(-1, source.size, flags=flags))
+        source.read_into(0, data)
+        return cls(source.name, data)
 
     def read_parts(self, offset: int, parts: Filling) -> None:
         """See `Source`."""

@@ -93,6 +93,11 @@ def _prepare(start: Start, log: EventLog) -> Program:
     if wants_adapters(plan):
         held = hold_adapters(plan.bundle_uri, plan.model_dir, settings, weights.manifest)
         plan = with_adapters(plan, [(a.name, a.directory, a.rank) for a in held])
+    if plan.chosen_for_adapters:
+        _note(
+            f"TENSORSERVE_ADAPTERS_URI adds {' '.join(plan.chosen_for_adapters)}; a variable "
+            "TENSORSERVE_VLLM_<FLAG> takes the place of each."
+        )
     if weights.draft is not None:
         plan = plan.with_arguments(with_draft(plan.arguments, weights.draft.directory))
     plan, replaced = without_downloads(plan, checked.gpus, _configuration(plan.model_dir))

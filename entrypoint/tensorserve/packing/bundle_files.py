@@ -6,19 +6,23 @@ import hashlib
 from collections.abc import Callable
 
 from tensorserve.bundle.manifest import FileEntry, TensorsEntry
+from tensorserve.errors import CorruptError
 from tensorserve.format import FileKey, PasswordHash, plan_file, write_file
+from tensorserve.packing.checkpoint import Checkpoint
 from tensorserve.packing.destination import Destination
 from tensorserve.packing.model_signer import HashedOutput
 from tensorserve.packing.tensor_source import TensorsSource
+from tensorserve.sources.local import LocalSource
 
 SPARE_BYTES = 16 * 1024**2
 """Room for the manifest, headers, tags and the file system's metadata."""
+_COPY_BYTES = 4 * 1024**2
 
 # (bytes of tensors written, bytes of tensors in all)
 Progress = Callable[[int, int], None]
 
 
-class TensorsFile:
+class PlannedFile:
     """A .tensors file to be written."""
 
     def __init__(
@@ -28,7 +32,7 @@ class TensorsFile:
         self.plan = plan_file(source.specs, encrypted=sealed, derivation=derivation)
 
 
-class Count:
+class ByteCount:
     """Bytes of tensors written so far, of all files."""
 
     def __init__(self, whole: int, progress: Progress | None) -> None:
@@ -44,15 +48,16 @@ class Count:
 
 def write_tensors(
     destination: Destination,
-    file: TensorsFile,
+    file: PlannedFile,
     key: FileKey | None,
-    count: Count,
+    count: ByteCount,
     threads: int | None,
     signed: dict[str, str] | None = None,
 ) -> TensorsEntry:
-    """Writes one .tensors file, encrypted where there is a `key`; gives its manifest entry.
+    """Writes a .tensors file, sealed with `key` if there is one; gives its manifest entry.
 
-    Where `signed` is given, the file's SHA-256 is put into it.
+    Where `signed` is given, the file's SHA-256 is put into it. Raises the destination's errors, and
+    CorruptError for a source that was changed meanwhile.
     """
     index = file.plan.index
     with file.source.reading() as read, destination.create(file.name, index.size) as out:
@@ -77,8 +82,30 @@ def write_tensors(
     )
 
 
-def write_whole(destination: Destination, name: str, data: bytes) -> FileEntry:
-    """Writes a small file; gives its manifest entry."""
+def copy_file(
+    destination: Destination, checkpoint: Checkpoint, name: str, size: int, target: str
+) -> FileEntry:
+    """Copies the small file `name` of `checkpoint` to `target`. Raises as write_tensors."""
+    source = LocalSource(checkpoint.directory / name)
+    digest = hashlib.sha256()
+    try:
+        if source.size != size:
+            raise CorruptError(
+                f"{source.name} was changed while it was packed.",
+                hint="Pack again when no other process writes to the model's directory.",
+            )
+        with destination.create(target, size) as out:
+            for offset in range(0, size, _COPY_BYTES):
+                data = source.read(offset, min(_COPY_BYTES, size - offset))
+                digest.update(data)
+                out.write(data)
+    finally:
+        source.close()
+    return FileEntry(target, size, digest.hexdigest())
+
+
+def write_small(destination: Destination, name: str, data: bytes) -> FileEntry:
+    """Writes `data` as a small file; gives its manifest entry. Raises the destination's errors."""
     with destination.create(name, len(data)) as out:
         out.write(data)
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from tensorserve.bounded_json import read_json
+from tensorserve.bundle.adapter_identity import ADAPTER_NAME
 from tensorserve.bundle.adapters import (
-    ADAPTER_NAME,
     CONFIG,
     MOST_CONFIG_BYTES,
     SAFETENSORS,
     rank_of,
+    unserved,
 )
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.format.safetensors import read_safetensors
@@ -20,12 +20,6 @@ from tensorserve.packing.checkpoint import Checkpoint
 from tensorserve.packing.directory_entries import is_lfs_pointer, kind_of, names_in
 
 PICKLE = "adapter_model.bin"
-_UNSERVED = (
-    *("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
-    *("use_bdlora", "use_qalora"),
-)
-# Values of init_lora_weights that leave the model's own weights unchanged.
-_SERVED_INITIALIZATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
 
 def read_adapters(given: list[str]) -> dict[str, Checkpoint]:
@@ -51,21 +45,25 @@ def read_adapters(given: list[str]) -> dict[str, Checkpoint]:
             raise ConfigurationError(
                 f"--lora names {name!r} twice.", hint="Give each adapter its own name."
             )
-        found[name] = _read(name, Path(path))
+        found[name] = read_adapter(Path(path), f"--lora {name}")
     return found
 
 
-def _read(name: str, directory: Path) -> Checkpoint:
+def read_adapter(directory: Path, given: str) -> Checkpoint:
+    """The adapter in `directory`, which PEFT has written; `given` names the argument in errors.
+
+    Raises as read_adapters.
+    """
     if not directory.is_dir():
         raise ConfigurationError(
-            f"--lora {name}: {directory} is not a directory.",
+            f"{given}: {directory} is not a directory.",
             hint="Give the directory that PEFT's save_pretrained() wrote.",
         )
     config, weights = directory / CONFIG, directory / SAFETENSORS
     if (problem := _problem(config)) is not None:
-        raise ConfigurationError(f"--lora {name}: {config} {problem}.")
+        raise ConfigurationError(f"{given}: {config} {problem}.")
     if config.stat().st_size > MOST_CONFIG_BYTES:
-        raise ConfigurationError(f"--lora {name}: {config} is too large.")
+        raise ConfigurationError(f"{given}: {config} is too large.")
     if is_lfs_pointer(config):
         raise CorruptError(
             f"{config} is a Git LFS pointer, not the file itself.",
@@ -77,32 +75,32 @@ def _read(name: str, directory: Path) -> Checkpoint:
     kind = document.get("peft_type", "LORA")
     if kind != "LORA":
         raise ConfigurationError(
-            f"--lora {name}: {config} is of peft_type {kind!r}; vLLM serves LoRA adapters only."
+            f"{given}: {config} is of peft_type {kind!r}; vLLM serves LoRA adapters only."
         )
-    if (unserved := _unserved(document)) is not None:
+    if (left := unserved(document)) is not None:
         raise ConfigurationError(
-            f"--lora {name}: {config} says {unserved}, which vLLM does not serve.",
+            f"{given}: {config} says {left}, which vLLM does not serve.",
             hint="Merge the adapter into the model (PEFT's merge_and_unload()), or train it "
             "without.",
         )
     if (problem := _problem(weights)) is not None:
         if not weights.is_symlink() and (directory / PICKLE).exists():
             raise ConfigurationError(
-                f"--lora {name}: {directory / PICKLE} is a pickle: opening it runs the code in it, "
+                f"{given}: {directory / PICKLE} is a pickle: opening it runs the code in it, "
                 "so that is never done here.",
                 hint="Save the adapter again: save_pretrained(DIR, safe_serialization=True).",
             )
-        raise ConfigurationError(f"--lora {name}: {weights} {problem}.")
+        raise ConfigurationError(f"{given}: {weights} {problem}.")
     tensors = tuple(read_safetensors(weights))
     if not tensors:
-        raise ConfigurationError(f"--lora {name}: {weights} holds no tensors.")
+        raise ConfigurationError(f"{given}: {weights} holds no tensors.")
     # An adapter's own tokenizer is left out: vLLM serves every adapter with the model's.
-    left = [one for one in names_in(directory) if one not in {CONFIG, SAFETENSORS}]
+    others = [one for one in names_in(directory) if one not in {CONFIG, SAFETENSORS}]
     return Checkpoint(
         directory,
         tensors,
         {CONFIG: len(content)},
-        dict.fromkeys(left, "vLLM does not read them"),
+        dict.fromkeys(others, "vLLM does not read them"),
         weight_files=(SAFETENSORS,),
     )
 
@@ -113,19 +111,3 @@ def _problem(path: Path) -> str | None:
         return "does not exist"
     kind = kind_of(path)
     return None if kind is None else f"is {kind}"
-
-
-def _unserved(config: dict[str, Any]) -> str | None:
-    """The first setting that vLLM 0.32.0 refuses, which it does only when it loads the adapter.
-
-    Follows lora/peft_helper.py, `_validate_features` and `validate_legal`.
-    """
-    kept = config.get("modules_to_save")
-    if isinstance(kept, list) and set(map(str, kept)) - {"classifier", "score"}:
-        return f"modules_to_save {kept}"
-    initial = config.get("init_lora_weights", True)
-    if isinstance(initial, str) and initial.lower() not in _SERVED_INITIALIZATIONS:
-        return f"init_lora_weights {initial!r}"
-    if (bias := config.get("bias", "none")) != "none":
-        return f"bias {bias!r}"
-    return next((f"{flag} {config[flag]!r}" for flag in _UNSERVED if config.get(flag)), None)

@@ -7,7 +7,6 @@ copy and, for S3, no copy on disk.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,14 +24,13 @@ from tensorserve.bundle.manifest import (
     SIGNATURE,
     SINGLE,
     Encryption,
-    FileEntry,
     Manifest,
     model_files,
 )
 from tensorserve.bundle.manifest_mac import Parameters
 from tensorserve.bundle.nested_weights import bundle_name
 from tensorserve.bundle.stand_ins import stand_ins_of
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
+from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
 from tensorserve.format import (
     CHUNK_BYTES,
     fresh_password_hash,
@@ -40,14 +38,15 @@ from tensorserve.format import (
 from tensorserve.launch.completeness import what_a_start_misses
 from tensorserve.packing.bundle_files import (
     SPARE_BYTES,
-    Count,
+    ByteCount,
+    PlannedFile,
     Progress,
-    TensorsFile,
+    copy_file,
+    write_small,
     write_tensors,
-    write_whole,
 )
 from tensorserve.packing.checkpoint import Checkpoint, read_checkpoint
-from tensorserve.packing.destination import Destination, open_destination
+from tensorserve.packing.destination import open_destination
 from tensorserve.packing.draft_checkpoint import refuse_drafts_alone
 from tensorserve.packing.dtype_conversion import Casting
 from tensorserve.packing.model_signer import ModelSigner
@@ -58,11 +57,8 @@ from tensorserve.packing.recipients import wrapped_for
 from tensorserve.packing.tensor_source import from_checkpoint
 from tensorserve.secret import Secret, redact_uri
 from tensorserve.sources import Access
-from tensorserve.sources.local import LocalSource
 from tensorserve.version import __version__
 from tensorserve.wrapping.base import Provider
-
-_COPY_BYTES = 4 * 1024**2
 
 
 def pack(
@@ -118,7 +114,7 @@ def pack(
     checkpoint = read_checkpoint(src, code=trust_remote_code)
     refuse_drafts_alone(checkpoint)
     notes = _notes(checkpoint, trust_remote_code)
-    _refuse_inside(checkpoint, dest)
+    refuse_inside(checkpoint, dest)
     casting = Casting(checkpoint, dtype) if dtype is not None else None
     if casting is not None:
         checkpoint = casting.checkpoint
@@ -166,10 +162,10 @@ def pack(
             }
             named |= {bundle_name(name): from_checkpoint(one) for name, one in nested.items()}
             files = [
-                TensorsFile(name, source, opened_by is not None, derivation)
+                PlannedFile(name, source, opened_by is not None, derivation)
                 for name, source in named.items()
             ]
-            count = Count(sum(file.plan.index.data_bytes for file in files), progress)
+            count = ByteCount(sum(file.plan.index.data_bytes for file in files), progress)
             # The largest files are the likeliest to fail, so they come first. The manifest, which
             # makes the directory a bundle, comes last.
             signed: dict[str, str] | None = None if signer is None else {}
@@ -178,13 +174,13 @@ def pack(
                 for file in files
             }
         small = tuple(
-            write_whole(destination, name, casting.config())
+            write_small(destination, name, casting.config())
             if casting is not None and folder + name == "config.json"
-            else _copy(destination, one, name, size, folder + name)
+            else copy_file(destination, one, name, size, folder + name)
             for folder, one in folders.items()
             for name, size in one.files.items()
         )
-        small += tuple(write_whole(destination, name, data) for name, data in stand_ins)
+        small += tuple(write_small(destination, name, data) for name, data in stand_ins)
         manifest = Manifest(
             files=small,
             tensors_files=tensors,
@@ -198,8 +194,8 @@ def pack(
         ).to_json(opened_by, derivation)
         if signer is not None and signed is not None:
             signature = signer.sign_bundle(signed, small, manifest, dest)
-            write_whole(destination, SIGNATURE, signature)
-        written = write_whole(destination, MANIFEST, manifest)
+            write_small(destination, SIGNATURE, signature)
+        written = write_small(destination, MANIFEST, manifest)
         destination.commit()
     except BaseException as error:
         try:
@@ -283,28 +279,8 @@ def _weights(folder: str) -> str:
     return folder + (SINGLE if folder.startswith(f"{DRAFTS}/") else WEIGHTS)
 
 
-def _copy(
-    destination: Destination, checkpoint: Checkpoint, name: str, size: int, target: str
-) -> FileEntry:
-    source = LocalSource(checkpoint.directory / name)
-    digest = hashlib.sha256()
-    try:
-        if source.size != size:
-            raise CorruptError(
-                f"{source.name} was changed while it was packed.",
-                hint="Pack again when no other process writes to the model's directory.",
-            )
-        with destination.create(target, size) as out:
-            for offset in range(0, size, _COPY_BYTES):
-                data = source.read(offset, min(_COPY_BYTES, size - offset))
-                digest.update(data)
-                out.write(data)
-    finally:
-        source.close()
-    return FileEntry(target, size, digest.hexdigest())
-
-
-def _refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
+def refuse_inside(checkpoint: Checkpoint, dest: str) -> None:
+    """Raises ConfigurationError for a destination inside the directory that is packed."""
     if "://" in dest:
         return
     source, target = checkpoint.directory.resolve(), Path(dest).resolve()

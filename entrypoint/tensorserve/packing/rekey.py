@@ -40,11 +40,11 @@ from tensorserve.errors import ConfigurationError, CorruptError, TensorserveErro
 from tensorserve.format import CHUNK_BYTES
 from tensorserve.packing.bundle_files import (
     SPARE_BYTES,
-    Count,
+    ByteCount,
+    PlannedFile,
     Progress,
-    TensorsFile,
+    write_small,
     write_tensors,
-    write_whole,
 )
 from tensorserve.packing.destination import Destination, open_destination, refuse_unwritable
 from tensorserve.packing.model_signer import ModelSigner
@@ -164,8 +164,8 @@ def rekey(
         )
         if signer is not None and signed is not None:
             signature = signer.sign_bundle(signed, manifest.files, made, dest)
-            write_whole(destination, SIGNATURE, signature)
-        write_whole(destination, MANIFEST, made)
+            write_small(destination, SIGNATURE, signature)
+        write_small(destination, MANIFEST, made)
         destination.commit()
     except BaseException as error:
         try:
@@ -213,12 +213,12 @@ def _write(
     wrapped: WrappedKeys | None,
     progress: Progress | None,
     signed: dict[str, str] | None,
-) -> tuple[bytes, Count]:
+) -> tuple[bytes, ByteCount]:
     """Writes all files but the manifest, whose content it gives.
 
     The SHA-256 of .tensors files are put into `signed`.
     """
-    count = Count(sum(e.data_bytes for e in manifest.tensors_files.values()), progress)
+    count = ByteCount(sum(e.data_bytes for e in manifest.tensors_files.values()), progress)
     tensors: dict[str, TensorsEntry] = {}
     for name, entry in manifest.tensors_files.items():
         with ExitStack() as stack:
@@ -226,7 +226,7 @@ def _write(
             stack.callback(opened.source.close)
             check_index(manifest, name, opened.index)
             assert entry.digests is not None  # of a manifest that a key authenticates
-            file = TensorsFile(name, from_sealed(opened, entry.digests), True, None)
+            file = PlannedFile(name, from_sealed(opened, entry.digests), True, None)
             tensors[name] = write_tensors(destination, file, new, count, None, signed)
     for small in manifest.files:
         _copy(uri, access, small, destination)

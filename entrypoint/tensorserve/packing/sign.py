@@ -208,6 +208,7 @@ def _write_manifest(
         encryption=_encryption(weights),
         made_by={"tensorserve": __version__},
         fingerprint=_fingerprint(verified.manifest, weights),
+        adapter=verified.manifest.adapter if verified.manifest else None,
         **_wrapped(verified.manifest),
     )
     header = _sealed(weights)

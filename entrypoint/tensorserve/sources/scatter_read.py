@@ -98,7 +98,7 @@ class Filling:
             self._next()
             self._skip_empty()
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: bytes | memoryview) -> None:
         """Copy from `data`, which holds all of it."""
         view = memoryview(data)
         while not self.finished:

@@ -5,7 +5,9 @@ Nothing here reads a clock or a file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from tensorserve.telemetry.event_codec import Record
 from tensorserve.telemetry.history import (
@@ -21,6 +23,7 @@ from tensorserve.telemetry.history import (
 from tensorserve.telemetry.load import RankLoad
 from tensorserve.telemetry.names import ENGINE_ENDED, PHASES, Edge, Phase
 from tensorserve.telemetry.schema import (
+    AdaptersCounted,
     CheckPassed,
     CompiledCacheKnown,
     EngineExited,
@@ -94,6 +97,8 @@ def apply(state: StartState, record: Record) -> None:
                 state.processes.append(event)
         case EngineReady():
             _ready(state, event, moment)
+        case AdaptersCounted():
+            state.adapters = _sum(state.earlier_adapters, event)
         case StartFailed():
             _fail(state, event, moment)
         case EngineExited():
@@ -104,6 +109,10 @@ def apply(state: StartState, record: Record) -> None:
 
 def _start(state: StartState, event: StartBegan, record: Record) -> None:
     state.earlier_requests, state.earlier_retries = state.requests, state.retries
+    if state.adapters is not None:
+        # What was held went with its process.
+        state.adapters = replace(state.adapters, held=0, held_bytes=0)
+        state.earlier_adapters = state.adapters
     state.starts += 1
     # A log of another version may lack the identifier; starts must still differ.
     state.start_id = event.start_id or f"start-{state.starts}"
@@ -170,6 +179,17 @@ def _ready(state: StartState, event: EngineReady, moment: float) -> None:
         state.ready_at = state.last_advance = moment
         state.timeline.finish(moment)
         state.history.add(BecameReady(moment, state.startup_seconds(moment)))
+
+
+def _sum(earlier: AdaptersCounted, now: AdaptersCounted) -> AdaptersCounted:
+    return replace(
+        now,
+        loads=earlier.loads + now.loads,
+        load_seconds=earlier.load_seconds + now.load_seconds,
+        hits=earlier.hits + now.hits,
+        failures=Counter(earlier.failures) + Counter(now.failures),
+        ended=Counter(earlier.ended) + Counter(now.ended),
+    )
 
 
 def _fail(state: StartState, failure: StartFailed, moment: float) -> None:

@@ -26,6 +26,7 @@ class StartCollector:
         yield from _start_metrics(status)
         yield from _load_metrics(status)
         yield from _fault_metrics(status)
+        yield from _adapter_metrics(status)
 
 
 def _build_info() -> Metric:
@@ -155,6 +156,50 @@ def _fault_metrics(status: Status) -> Iterator[Metric]:
     for reason, count in sorted(status.state.failures.items()):
         failures.add_metric([reason], count)
     yield failures
+
+
+def _adapter_metrics(status: Status) -> Iterator[Metric]:
+    """Without samples where TENSORSERVE_ADAPTERS_URI is not set, or nobody has asked yet."""
+    loads = CounterMetricFamily(
+        "tensorserve_adapter_loads",
+        "LoRA adapters loaded from TENSORSERVE_ADAPTERS_URI, over all starts of this container.",
+    )
+    seconds = CounterMetricFamily(
+        "tensorserve_adapter_load_seconds",
+        "Time that these loads took, from the request until vLLM had the adapter.",
+        unit="seconds",
+    )
+    hits = CounterMetricFamily(
+        "tensorserve_adapter_hits", "Requests for such an adapter that was loaded already."
+    )
+    failures = CounterMetricFamily(
+        "tensorserve_adapter_failures",
+        "Requests for an adapter, and looks for a changed one, that failed, by reason.",
+        labels=["reason"],
+    )
+    ended = CounterMetricFamily(
+        "tensorserve_adapter_ends",
+        "Adapters that are no longer held, by reason: removed, changed, unused, evicted.",
+        labels=["reason"],
+    )
+    held = GaugeMetricFamily("tensorserve_adapters", "Such adapters that are held in memory now.")
+    size = GaugeMetricFamily(
+        "tensorserve_adapters_held_bytes",
+        "Host memory of these adapters (TENSORSERVE_ADAPTERS_MEMORY).",
+        unit="bytes",
+    )
+    counts = status.state.adapters
+    if counts is not None:
+        loads.add_metric([], counts.loads)
+        seconds.add_metric([], counts.load_seconds)
+        hits.add_metric([], counts.hits)
+        for reason, count in sorted(counts.failures.items()):
+            failures.add_metric([reason], count)
+        for reason, count in sorted(counts.ended.items()):
+            ended.add_metric([reason], count)
+        held.add_metric([], counts.held)
+        size.add_metric([], counts.held_bytes)
+    yield from (loads, seconds, hits, failures, ended, held, size)
 
 
 @cache

@@ -226,6 +226,25 @@ class EngineReady(Event):
 
 
 @dataclass(frozen=True)
+class AdaptersCounted(Event):
+    """What the API server knows of adapters that are found while serving, cumulative but for what
+    it holds.
+
+    `loads` took `load_seconds` together. `hits`: requests for one that was loaded already.
+    `failures` and `ended`: how many, by reason (docs/metrics.md).
+    """
+
+    event: ClassVar[str] = "adapter_counts"
+    loads: Count = 0
+    load_seconds: Seconds = 0.0
+    hits: Count = 0
+    failures: Retries = field(default_factory=dict)
+    ended: Retries = field(default_factory=dict)
+    held: Count = 0
+    held_bytes: Bytes = 0
+
+
+@dataclass(frozen=True)
 class StartFailed(Event):
     """A start, or its engine, failed. `message` may name the user's files.
 
@@ -285,6 +304,7 @@ EVENTS: Mapping[str, type[Event]] = {
         WorkerFailed,
         EngineProcessStarted,
         EngineReady,
+        AdaptersCounted,
         StartFailed,
         EngineExited,
         FailureScraped,

@@ -14,6 +14,7 @@ from tensorserve.telemetry.history import History
 from tensorserve.telemetry.load import RankLoad, progress_ratio
 from tensorserve.telemetry.names import Check, Condition, Phase
 from tensorserve.telemetry.schema import (
+    AdaptersCounted,
     CompiledCacheKnown,
     EngineProcessStarted,
     SignatureKnown,
@@ -64,6 +65,11 @@ class StartState:
     """When a check passed, or the start printed what it had not printed before."""
     failed_workers: dict[int, str] = field(default_factory=dict)
     """What ranks have raised after their load."""
+    adapters: AdaptersCounted | None = None
+    """Of adapters that are found while serving, over all starts but for what is held; None: none
+    was asked for."""
+    earlier_adapters: AdaptersCounted = field(default_factory=AdaptersCounted)
+    """Those of the starts before the last one."""
     earlier_requests: int = 0
     earlier_retries: Counter[str] = field(default_factory=Counter)
     """Those of the starts before the last one."""

@@ -227,6 +227,32 @@ CASES = {
             READINESS: (Gone("logged phase, ready"),),
         },
     ),
+    "adapter_counts": Case(
+        whole_start(),
+        at(
+            170,
+            "adapter_counts",
+            loads=3,
+            load_seconds=1.5,
+            hits=9,
+            failures={"corrupt": 1},
+            ended={"removed": 2},
+            held=1,
+            held_bytes=400,
+        ),
+        171,
+        {
+            METRICS: (
+                "tensorserve_adapter_loads_total 3.0",
+                "tensorserve_adapter_load_seconds_total 1.5",
+                "tensorserve_adapter_hits_total 9.0",
+                'tensorserve_adapter_failures_total{reason="corrupt"} 1.0',
+                'tensorserve_adapter_ends_total{reason="removed"} 2.0',
+                "tensorserve_adapters 1.0",
+                "tensorserve_adapters_held_bytes 400.0",
+            ),
+        },
+    ),
     "failure": Case(
         LOADING,
         at(136, "failure", **KILLED, **FIGURES),

@@ -42,6 +42,7 @@ from tensorserve.telemetry import Edge, Phase, events_path, read_events
 from tensorserve.telemetry.event_codec import Record
 from tensorserve.telemetry.exporter import Exporter
 from tensorserve.telemetry.schema import (
+    AdaptersCounted,
     CompiledCacheKnown,
     EngineExited,
     EngineReady,
@@ -71,6 +72,13 @@ METRICS = {
     "tensorserve_fetch_requests_total": set(),
     "tensorserve_fetch_retries_total": {"reason"},
     "tensorserve_failures_total": {"reason"},
+    "tensorserve_adapter_loads_total": set(),
+    "tensorserve_adapter_load_seconds_total": set(),
+    "tensorserve_adapter_hits_total": set(),
+    "tensorserve_adapter_failures_total": {"reason"},
+    "tensorserve_adapter_ends_total": {"reason"},
+    "tensorserve_adapters": set(),
+    "tensorserve_adapters_held_bytes": set(),
 }
 
 
@@ -105,6 +113,7 @@ def test_every_metric_of_the_design_is_there(tmp_path: Path, engine: Engine) -> 
     log_load(log, copied=400, done=False)
     log.emit(VerificationKnown("manifest"))
     log.emit(CompiledCacheKnown("absent", "5e" * 32))
+    log.emit(AdaptersCounted(1, 1.0, 1, {"corrupt": 1}, {"removed": 1}, 1, 1))
     log.emit(StartFailed("corrupt", 65, "m"))
     with exporting(tmp_path) as client:
         families = list(parse(client.ask("/metrics")[2]))

@@ -26,6 +26,7 @@ from tensorserve.telemetry.readiness import Status
 from tensorserve.telemetry.report import render_report, report_json
 from tensorserve.telemetry.schema import (
     EVENTS,
+    AdaptersCounted,
     CheckPassed,
     CompiledCacheKnown,
     EngineExited,
@@ -65,6 +66,7 @@ SAMPLES: list[Event] = [
     WorkerFailed(1, "RuntimeError: no"),
     EngineProcessStarted("EngineCore", "spawn", "set since the import: X"),
     EngineReady("a"),
+    AdaptersCounted(3, 1.5, 9, {"corrupt": 1}, {"removed": 2}, 1, 400),
     StartFailed("out_of_memory", 137, "killed", limit=8, peak=7),
     EngineExited(143),
     FailureScraped(),

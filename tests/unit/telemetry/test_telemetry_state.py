@@ -207,3 +207,19 @@ def test_labels_take_only_names_of_our_own_making() -> None:
     assert label("status_503") == "status_503"
     for text in ("s3://bucket/x", "Wrong", "a b", "", "x" * 41, "é", None, 7):
         assert label(text) == "other"
+
+
+def test_counts_of_adapters_run_over_all_starts() -> None:
+    """A new engine counts from zero again; what was held went with the old one."""
+    first = {"loads": 2, "load_seconds": 1.5, "hits": 5, "failures": {"corrupt": 1}, "held": 2}
+    second = {"loads": 1, "load_seconds": 0.5, "failures": {"corrupt": 1, "name": 3}, "held": 1}
+    state = fold([at(0, "start"), at(1, "adapter_counts", **first)])
+    assert state.adapters is not None
+    assert state.adapters.held == 2
+    apply(state, at(2, "start", start_id="b"))
+    assert (state.adapters.held, state.adapters.loads) == (0, 2)
+    for moment in (3, 4):  # cumulative: the same twice adds nothing
+        apply(state, at(moment, "adapter_counts", **second))
+    assert (state.adapters.loads, state.adapters.hits, state.adapters.held) == (3, 5, 1)
+    assert state.adapters.load_seconds == 2.0
+    assert state.adapters.failures == {"corrupt": 2, "name": 3}

@@ -14,6 +14,7 @@ from tensorserve.config.launch_plan import LaunchPlan
 from tensorserve.config.settings import Settings
 from tensorserve.config.signature import with_signature
 from tensorserve.config.unwrapping import with_key
+from tensorserve.launch.preflight.adapters import check_adapters
 from tensorserve.launch.preflight.devices import check_device, visible_gpus
 from tensorserve.launch.preflight.disk import (
     SHARED_MEMORY_BYTES,
@@ -38,6 +39,7 @@ __all__ = [
     "Passed",
     "Report",
     "Weights",
+    "check_adapters",
     "check_device",
     "check_host_memory",
     "check_memory",
