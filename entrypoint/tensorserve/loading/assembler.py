@@ -159,6 +159,8 @@ class Assembler:
         """`count` more bytes are plain text; True when that was the last of the tensor, which is
         checked then.
         """
+        if not count:  # another thread may have brought the last ones since
+            return False
         if tensor.in_c is not None:
             return tensor.in_c.count(count) and self._checked(tensor)
         with tensor.lock:

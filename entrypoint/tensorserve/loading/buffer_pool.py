@@ -16,6 +16,14 @@ import torch
 from tensorserve.loading.tuning import DEFAULTS
 
 
+class _Lent(weakref.ref[memoryview]):
+    """What torch holds of a block. weakref.finalize does more than is needed here."""
+
+    __slots__ = ("block",)
+
+    block: mmap.mmap
+
+
 class BufferPool:
     """Memory for tensors. Thread-safe."""
 
@@ -25,20 +33,32 @@ class BufferPool:
         self._kept = 0
         self._free: list[mmap.mmap] = []
         self._lock = threading.Lock()
-        # A finalizer may run at any moment of any thread, also of one that holds the lock.
+        # Memory may return at any moment of any thread, also of one that holds the lock.
         self._returned: SimpleQueue[mmap.mmap] = SimpleQueue()
+        self._lent: dict[int, _Lent] = {}
 
     def take(self, count: int) -> torch.Tensor:
         """A uint8 tensor of `count` bytes. Its memory returns here when its last view is gone, so
         what a consumer keeps is not used again.
         """
+        return self.take_with_view(count)[0]
+
+    def take_with_view(self, count: int) -> tuple[torch.Tensor, memoryview]:
+        """As `take`, and a view that must not be used without the tensor."""
         if count < DEFAULTS.pooled_bytes:
-            return torch.empty(count, dtype=torch.uint8)
+            tensor = torch.empty(count, dtype=torch.uint8)
+            return tensor, tensor.numpy().data
         block = self._fitting(count) or _fresh(count)
         # torch holds this object as long as any tensor uses the memory.
         owner = memoryview(block)
-        weakref.finalize(owner, self._returned.put, block)
-        return torch.frombuffer(owner, dtype=torch.uint8, count=count)
+        lent = _Lent(owner, self._back)
+        lent.block = block
+        self._lent[id(lent)] = lent
+        return torch.frombuffer(owner, dtype=torch.uint8, count=count), memoryview(block)[:count]
+
+    def _back(self, lent: _Lent) -> None:
+        del self._lent[id(lent)]
+        self._returned.put(lent.block)
 
     def _fitting(self, count: int) -> mmap.mmap | None:
         with self._lock:

@@ -396,13 +396,16 @@ class TensorStream:
             if not self._memory.take(host, device, self._concurrency.after_next_step):
                 return None
         self._next_place = None
-        if memory is None:
-            take = self._memory.pool.take if staging is None else staging.memory
-            memory = take(record.length)
         view = NO_MEMORY
-        if record.length and (gathered or staging is None):
-            whole = self._memory.pool.take(record.length) if gathered else memory
-            view = whole.numpy().data
+        if memory is None and staging is None:
+            memory, view = self._memory.pool.take_with_view(record.length)
+        elif memory is None and staging is not None:
+            memory = staging.memory(record.length)
+        assert memory is not None
+        if record.length and gathered:
+            view = self._memory.pool.take(record.length).numpy().data
+        elif record.length and staging is None and not view:
+            view = memory.numpy().data
         tensor = PendingTensor(
             record,
             memory,

@@ -74,11 +74,12 @@ class CurlTransport:
         with self._lock:
             idle = self._idle.get(route.place)
             connection = idle.pop() if idle else None
+            if connection is not None:
+                self._begin(connection, thread)
         if connection is None:
             connection = self._new(route)
-        with self._lock:
-            connection.begin()
-            self._running.setdefault(thread, []).append(connection)
+            with self._lock:
+                self._begin(connection, thread)
         try:
             return connection.get(request)
         finally:
@@ -98,6 +99,10 @@ class CurlTransport:
         for connections in idle.values():
             for connection in connections:
                 connection.close()
+
+    def _begin(self, connection: _Connection, thread: int) -> None:
+        connection.begin()
+        self._running.setdefault(thread, []).append(connection)
 
     def _back(self, connection: _Connection, route: Route, thread: int) -> None:
         """`thread` is done with a connection."""

@@ -116,6 +116,8 @@ def opened(path: Path, chance: random.Random, *, staged: bool) -> dict[str, torc
             complete.append(name)
         data[:] = bytes(len(data))  # the buffer belongs to the caller again
     assert sorted(complete) == sorted(pending)
+    # As a thread whose piece finished no chunk, and that comes here last.
+    assert not any(assembler._finished(tensor, 0) for tensor in pending.values())
     counted = progress.snapshot().decrypt
     assert counted == (sum(r.length for r in index.tensors) if index.encrypted else 0)
     assert not any(p.chunks or p.parts or p.early for p in pending.values())
