@@ -63,6 +63,14 @@ class Served:
             return status, answer["choices"][0]["text"]
         return status, answer["error"]["message"]
 
+    def sure_of(self, model: str) -> float:
+        """The sum of the log-probabilities of a prompt's tokens, by which models differ most."""
+        body = {"model": model, "prompt": PROMPTS[1], "max_tokens": 1, "temperature": 0}
+        status, answer = self.engine.post("/v1/completions", body | {"echo": True, "logprobs": 1})
+        assert status == 200, answer
+        found = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return sum(value for value in found if value is not None)
+
     def asked_for(self, name: str) -> int:
         """Requests for the adapter's files that have reached the store."""
         return sum(f"/{name}/" in seen.target for seen in self.front.seen)
@@ -116,15 +124,15 @@ def test_the_model_answers_as_stock_vllm_does(
 
 
 def test_two_adapters_answer_under_concurrent_requests(served: Served) -> None:
-    """Each as itself, and each was loaded once."""
-    names = ["model", "sql", "tone.v2"] * 4
-    with ThreadPoolExecutor(len(names)) as pool:
-        answers = list(pool.map(served.ask, names))
-    assert {status for status, _ in answers} == {200}, answers
-    texts = {name: {text for n, (_, text) in zip(names, answers, strict=True) if n == name}
-             for name in set(names)}  # fmt: skip
-    assert [len(said) for said in texts.values()] == [1] * 3, texts
-    assert len(set.union(*texts.values())) == 3, "an adapter changes nothing"
+    """Each as itself. Not by text: on a CPU, stock vLLM's differs with the batch as well."""
+    names = ["model", "sql", "tone.v2"]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(served.sure_of, names * 4))
+    alone = {name: served.sure_of(name) for name in names}
+    apart = min(abs(alone[one] - alone[other]) for one in names for other in names if one != other)
+    assert apart > 0.01, f"an adapter changes nothing: {alone}"
+    for name, found in zip(names * 4, together, strict=True):
+        assert abs(found - alone[name]) < apart / 2, (name, found, alone)
     status, body = served.engine.get("/v1/models")
     assert status == 200
     listed = {model["id"]: model["parent"] for model in json.loads(body)["data"]}

@@ -40,6 +40,8 @@ class Shelf:
         self.gates: dict[str, threading.Event] = {}
         self.asked: Counter[str] = Counter()
         self.held: list[Released] = []
+        self.damaged: list[TensorserveError] = []
+        """What the next fetches of weights end with."""
         self._tmp_path = tmp_path
 
     def find(self, name: str) -> Found:
@@ -56,6 +58,8 @@ class Shelf:
         return Found(name, manifest, entry)
 
     def hold(self, found: Found) -> Held:
+        if self.damaged:
+            raise refused(self.damaged.pop())
         directory = self._tmp_path / f"{len(self.held)}-{found.name}"
         held = Released(found.name, found.version, found.size, directory, "")
         self.held.append(held)
@@ -100,7 +104,7 @@ class World:
         self.events: list[Event] = []
         self.counts = AdapterCounts(self.events.append)
         self.store = AdapterStore(
-            shelf, self.vllm, limits, self.counts, lambda: self.now, patience=0.0
+            shelf, self.vllm, limits, self.counts, lambda: self.now, patience=0.0, replacing=0.0
         )
         self._ids = 0
 
@@ -413,6 +417,41 @@ def test_one_whose_request_was_aborted_stays_for_a_while(
         assert (Released.freed == []) is kept
         await world.pass_time(5)
         assert Released.freed == ["0-a"]
+
+    run(work())
+
+
+def test_a_new_version_waits_for_the_requests_of_the_old_one(shelf: Shelf) -> None:
+    """vLLM ends where two of one name are in a batch."""
+
+    async def work() -> None:
+        world = World(shelf)
+        lora_id = await world.load("a")
+        world.vllm.running.add(lora_id)
+        shelf.adapters["a"] = ("a2", 400)
+        await world.pass_time(TTL)
+        assert world.vllm.forgotten == ["a"]
+        found = await refusal(world, "a")
+        assert (found.status, "earlier version" in found.said) == (503, True)
+        assert len(shelf.held) == 1
+        world.vllm.running.clear()
+        world.now += REFUSED_SECONDS
+        assert (await world.store.resolve("a")).version == "a2"
+        assert Released.freed == ["0-a"]
+
+    run(work())
+
+
+def test_one_that_is_being_replaced_is_fetched_again(shelf: Shelf) -> None:
+    """Its weights are there before its manifest. One that stays damaged is refused."""
+
+    async def work() -> None:
+        world = World(shelf)
+        shelf.damaged = [CorruptError("not as in the manifest")]
+        assert (await world.store.resolve("a")).name == "a"
+        assert shelf.asked["a"] == 2
+        shelf.damaged = [CorruptError("damaged")] * 2
+        assert (await refusal(world, "b")).reason == "corrupt"
 
     run(work())
 

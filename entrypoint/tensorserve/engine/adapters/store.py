@@ -41,6 +41,7 @@ from tensorserve.engine.adapters.refusal import (
 from tensorserve.engine.adapters.refused_names import RefusedNames
 from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.threads import in_thread
+from tensorserve.errors import CorruptError
 from tensorserve.launch.adapter_store import Found
 
 Result = TypeVar("Result")
@@ -52,6 +53,7 @@ _MOST_TRIES = 3
 # Until a request that goes on after its answer (the Responses API in the background) has reached
 # the engine; and until one that was aborted has left it.
 _GRACE_SECONDS, _ABORT_SECONDS = 0.5, 5.0
+_REPLACING_SECONDS = 1.0
 # How long a load waits for room, and how often it looks.
 _PATIENCE, _SECONDS_BETWEEN_LOOKS = 10.0, 0.1
 # After a look at the store that failed.
@@ -69,14 +71,16 @@ class AdapterStore:
         counts: AdapterCounts,
         clock: Callable[[], float] = time.monotonic,
         patience: float = _PATIENCE,
+        replacing: float = _REPLACING_SECONDS,
     ) -> None:
-        """`patience`: seconds that a load waits for room."""
+        """`patience`: seconds that a load waits for room; `replacing`: until a damaged adapter is
+        fetched again."""
         self._store = store
         self._engine = engine
         self._limits = limits
         self._counts = counts
         self._clock = clock
-        self._patience = patience
+        self._patience, self._replacing = patience, replacing
         self._entries: dict[str, Entry] = {}
         self._ending: list[Entry] = []
         """No new request finds them; those that run still use them."""
@@ -191,7 +195,6 @@ class AdapterStore:
 
     def _arrived(self, name: str, task: asyncio.Task[Entry]) -> None:
         self._loading.pop(name, None)
-        self._reserved.pop(name, None)
         error = None if task.cancelled() else task.exception()
         if isinstance(error, AdapterRefused):
             self._refused.add(name, error, self._clock())
@@ -209,12 +212,26 @@ class AdapterStore:
         _say(f"adapter {name} is not served: {refused.message}")
 
     async def _load(self, name: str) -> Entry:
+        try:
+            return await self._load_once(name)
+        except AdapterRefused as refused:
+            if refused.reason != CorruptError.reason:
+                raise
+        # Perhaps somebody is replacing it: its weights are there before its manifest.
+        await asyncio.sleep(self._replacing)
+        return await self._load_once(name)
+
+    async def _load_once(self, name: str) -> Entry:
         async with self._fetches:
             began = self._clock()
             found = await self._wait(lambda: self._store.find(name))
+        await self._earlier_one_gone(name)
         await self._room_for(found)
-        async with self._fetches:
-            held = await self._wait(lambda: self._store.hold(found))
+        try:
+            async with self._fetches:
+                held = await self._wait(lambda: self._store.hold(found))
+        finally:
+            del self._reserved[name]
         self._entries[name] = entry = Entry(
             held, began, began + self._limits.ttl, used_at=self._clock()
         )
@@ -249,6 +266,30 @@ class AdapterStore:
             entry.tries += 1
         entry.asked_at = asked_at
         self._use(entry, hit=False)
+
+    async def _earlier_one_gone(self, name: str) -> None:
+        """Wait until no request uses an earlier version of `name`. Raises AdapterRefused.
+
+        vLLM's workers compare adapters by name alone (lora/request.py, `__eq__`, 0.32.0): of two
+        with one name in a batch they make one active, and end at the other one.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while earlier := [one for one in self._ending if one.held.name == name]:
+            now = self._clock()
+            for entry in earlier:
+                if not self._busy(entry, now):
+                    self._free(entry)
+            if not any(one in self._ending for one in earlier):
+                return
+            if loop.time() >= deadline:
+                raise AdapterRefused(
+                    FULL,
+                    UNAVAILABLE,
+                    f"adapter {name} was changed, and requests still use the earlier one",
+                    "Requests still use an earlier version of it. Try again later.",
+                )
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     async def _room_for(self, found: Found) -> None:
         """Reserve room; ends others that nobody uses, and waits for one. Raises AdapterRefused."""
