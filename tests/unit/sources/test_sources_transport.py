@@ -28,7 +28,7 @@ from tensorserve.sources.urllib_transport import UrllibTransport
 from waiting import wait_for
 
 DATA = os.urandom(700_000)
-ACCESS = Access(policy=RetryPolicy(connect_timeout=0.5, stall_timeout=0.4))
+ACCESS = Access(policy=RetryPolicy(connect_timeout=0.5, stall_timeout=1.0))
 Make = Callable[..., Transport]
 
 
