@@ -21,7 +21,8 @@ from hatch_build import SOURCES, _compile  # noqa: E402
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_a_library_is_hardened(tmp_path: Path, source: Path) -> None:
     """What readelf finds in it, built as the wheel builds it."""
-    shutil.copy(ROOT / source, tmp_path)
+    for file in (ROOT / source, *(ROOT / source).parent.glob("*.h")):
+        shutil.copy(file, tmp_path)
     library = _compile(["cc"], tmp_path / source.name)
     found = subprocess.run(
         ["readelf", "--wide", "--dynamic", "--segments", "--symbols", str(library)],
