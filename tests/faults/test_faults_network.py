@@ -235,7 +235,7 @@ def test_f16_tls_that_breaks_is_made_again(
 ) -> None:
     """F16: in the handshake or in the middle, by a flipped bit, an end, or silence."""
     with WireProxy(tls.port, kind, after=after) as wire:
-        access = trusting(stored, f"https://127.0.0.1:{wire.port}", ca, connect_timeout=0.5)
+        access = trusting(stored, f"https://127.0.0.1:{wire.port}", ca, connect_timeout=2.0)
         done = load(stored.uri, access, stored.key)
     assert done.digests == stored.digests
     assert wire.fired == {kind: 1}
