@@ -105,6 +105,8 @@ def served(
             "TENSORSERVE_ADAPTERS_URI": f"s3://{BUCKET}/adapters",
             "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,broken,other,renamed,strange,gone",
             "TENSORSERVE_ADAPTERS_TTL": str(TTL),
+            # Two adapters take all slots: engine/cpu_lora.py.
+            "TENSORSERVE_VLLM_MAX_LORAS": "2",
         }
         engine = Tensorserve(work, environ)
         found = Served(engine, front, s3, model_dir, bundle, key_file, work, opened)
@@ -124,7 +126,7 @@ def test_the_model_answers_as_stock_vllm_does(
     """With LoRA switched on, and before an adapter was asked for."""
     answers = served.engine.completions("model", PROMPTS)
     assert [text for text, _ in answers] == [stock_answers[prompt][0] for prompt in PROMPTS]
-    assert "--enable-lora --max-loras=4 --max-lora-rank=32" in served.engine.text
+    assert "adds --enable-lora --max-lora-rank=32 --max-cpu-loras=16" in served.engine.text
     assert not served.front.seen
 
 
