@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+from tensorserve.engine import cpu_lora
 from tensorserve.engine.gc_threshold import collect_as_usual
 from tensorserve.engine.import_hook import when_imported
 
@@ -24,6 +25,7 @@ def register() -> None:
     collect_as_usual()  # most of vLLM is imported by now
     when_imported("vllm.model_executor.model_loader", _register_loaders)
     when_imported("vllm.compilation.decorators", _adapt_compilation)
+    when_imported(cpu_lora.MODULE, cpu_lora.leave_out_base_tokens)
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):  # config/adapter_flags.py
         # The API server's alone.
         when_imported("vllm.entrypoints.openai.models.serving", _register_resolver)

@@ -64,12 +64,17 @@ class Served:
         return status, answer["error"]["message"]
 
     def sure_of(self, model: str) -> float:
-        """The sum of the log-probabilities of a prompt's tokens, by which models differ most."""
-        body = {"model": model, "prompt": PROMPTS[1], "max_tokens": 1, "temperature": 0}
-        status, answer = self.engine.post("/v1/completions", body | {"echo": True, "logprobs": 1})
-        assert status == 200, answer
-        found = answer["choices"][0]["logprobs"]["token_logprobs"]
-        return sum(value for value in found if value is not None)
+        """The log-probabilities of the first tokens, summed over some prompts: of each its own.
+
+        Not those of the prompt: with LoRA, vLLM's CPU build ends at them (0.32.0).
+        """
+        answers = []
+        for prompt in STOCK_PROMPTS:
+            body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            status, answer = self.engine.post("/v1/completions", body | {"logprobs": 1})
+            assert status == 200, answer
+            answers += answer["choices"][0]["logprobs"]["token_logprobs"]
+        return sum(answers)
 
     def asked_for(self, name: str) -> int:
         """Requests for the adapter's files that have reached the store."""
@@ -100,6 +105,8 @@ def served(
             "TENSORSERVE_ADAPTERS_URI": f"s3://{BUCKET}/adapters",
             "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,broken,other,renamed,strange,gone",
             "TENSORSERVE_ADAPTERS_TTL": str(TTL),
+            # Two adapters take all slots: engine/cpu_lora.py.
+            "TENSORSERVE_VLLM_MAX_LORAS": "2",
         }
         engine = Tensorserve(work, environ)
         found = Served(engine, front, s3, model_dir, bundle, key_file, work, opened)
@@ -119,7 +126,7 @@ def test_the_model_answers_as_stock_vllm_does(
     """With LoRA switched on, and before an adapter was asked for."""
     answers = served.engine.completions("model", PROMPTS)
     assert [text for text, _ in answers] == [stock_answers[prompt][0] for prompt in PROMPTS]
-    assert "--enable-lora --max-loras=4 --max-lora-rank=32" in served.engine.text
+    assert "adds --enable-lora --max-lora-rank=32 --max-cpu-loras=16" in served.engine.text
     assert not served.front.seen
 
 
@@ -130,9 +137,9 @@ def test_two_adapters_answer_under_concurrent_requests(served: Served) -> None:
         together = list(pool.map(served.sure_of, names * 4))
     alone = {name: served.sure_of(name) for name in names}
     apart = min(abs(alone[one] - alone[other]) for one in names for other in names if one != other)
-    assert apart > 0.01, f"an adapter changes nothing: {alone}"
+    assert apart > 0.3, f"an adapter changes nothing: {alone}"
     for name, found in zip(names * 4, together, strict=True):
-        assert abs(found - alone[name]) < apart / 2, (name, found, alone)
+        assert abs(found - alone[name]) < apart / 3, (name, found, alone)
     status, body = served.engine.get("/v1/models")
     assert status == 200
     listed = {model["id"]: model["parent"] for model in json.loads(body)["data"]}
