@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -237,6 +237,16 @@ def _is_port(name: str) -> bool:
     return name.startswith(PREFIX) and name.endswith("_PORT")
 
 
+def _unsigned_adapters(values: dict[str, Any]) -> Iterator[str]:
+    """A warning where only the model has to be signed."""
+    signature = values["signature_key"] or values["signature_certificates"]
+    if signature is not None and values["adapters_uri"] is not None:
+        yield (
+            "a signature is needed of the model, not of adapters: whoever has their key and can "
+            f"write to {_ADAPTERS_URI} can add some."
+        )
+
+
 class _Reader:
     """Reads an environment and collects all problems, so that they are reported together."""
 
@@ -272,7 +282,7 @@ class _Reader:
             flags=flags,
             secret_flags=secret_flags,
             environment=child_environment(self.environ, values["pass_env"]),
-            warnings=self._empty_guards(),
+            warnings=(*self._empty_guards(), *_unsigned_adapters(values)),
         )
 
     def source_settings(self) -> SourceSettings:
