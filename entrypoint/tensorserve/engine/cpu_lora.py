@@ -30,8 +30,7 @@ def leave_out_base_tokens() -> None:
         scaling: float = 1.0,
     ) -> None:
         original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
-        has_one = (lora_indices_tensor >= 0).unsqueeze(-1)
-        output_tensor.mul_(has_one.to(output_tensor.dtype))
+        output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(-1), 0)
 
     bgmv_shrink.tensorserve_original = original  # type: ignore[attr-defined]
     # Modules that were imported before have the function under its name as well.
