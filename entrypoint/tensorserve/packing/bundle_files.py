@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from tensorserve.bundle.manifest import FileEntry, TensorsEntry
-from tensorserve.errors import CorruptError
-from tensorserve.format import FileKey, PasswordHash, plan_file, write_file
+from tensorserve.bundle.keys import ModelKey, Passphrase, parse_key, parse_passphrase
+from tensorserve.bundle.manifest import CIPHER, Encryption, FileEntry, TensorsEntry
+from tensorserve.errors import ConfigurationError, CorruptError
+from tensorserve.format import CHUNK_BYTES, FileKey, PasswordHash, plan_file, write_file
 from tensorserve.packing.checkpoint import Checkpoint
 from tensorserve.packing.destination import Destination
 from tensorserve.packing.model_signer import HashedOutput
 from tensorserve.packing.tensor_source import TensorsSource
+from tensorserve.secret import Secret
 from tensorserve.sources.local import LocalSource
 
 SPARE_BYTES = 16 * 1024**2
@@ -20,6 +22,25 @@ _COPY_BYTES = 4 * 1024**2
 
 # (bytes of tensors written, bytes of tensors in all)
 Progress = Callable[[int, int], None]
+
+
+def given_key(key: Secret | None, passphrase: Secret | None) -> ModelKey | None:
+    """What opens a new bundle; None: it is plain. Raises ConfigurationError for both, and for what
+    is no key or passphrase.
+    """
+    if key is not None and passphrase is not None:
+        raise ConfigurationError("Both a key and a passphrase are given.", hint="Give only one.")
+    if key is not None:
+        return parse_key(key)
+    return None if passphrase is None else parse_passphrase(passphrase)
+
+
+def encryption_of(key: ModelKey | None) -> Encryption | None:
+    """What the manifest says of a bundle that `key` opens."""
+    if key is None:
+        return None
+    made_of = "passphrase" if isinstance(key, Passphrase) else "key"
+    return Encryption(CIPHER, CHUNK_BYTES, made_of)
 
 
 class PlannedFile:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from tensorserve.bundle.manifest import MANIFEST, SIGNATURE, read_manifest
 from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError
@@ -35,7 +36,36 @@ _WRITERS = {"s3": "s3_upload", "gs": "gcs_upload", "az": "azure_upload"}
 
 
 class Destination(ABC):
-    """A bundle under construction: `create` its files, then `commit` or `discard`."""
+    """A bundle under construction: `create` its files, then `commit` or `discard`.
+
+    A `with` block does the latter: commits at its end, discards on any error, KeyboardInterrupt
+    included.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._give_up(error)
+            return
+        try:
+            self.commit()
+        except BaseException as failure:
+            self._give_up(failure)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Discards because of `error`, which is raised whatever becomes of that."""
+        try:
+            self.discard()
+        except TensorserveError as failure:
+            error.add_note(f"The written files could not be removed: {failure.message}")
 
     @abstractmethod
     def create(self, name: str, size: int) -> AbstractContextManager[Output]:

@@ -17,22 +17,19 @@ from tensorserve.bundle.adapters import ADAPTERS, WEIGHTS, adapter_file
 from tensorserve.bundle.draft import DRAFTS, draft_file
 from tensorserve.bundle.engine_fingerprint import HF, VLLM
 from tensorserve.bundle.file_names import leaves_bundle
-from tensorserve.bundle.keys import GivenKey, ModelKey, parse_key, parse_passphrase
+from tensorserve.bundle.keys import GivenKey
 from tensorserve.bundle.manifest import (
-    CIPHER,
     MANIFEST,
     SIGNATURE,
     SINGLE,
-    Encryption,
     Manifest,
     model_files,
 )
 from tensorserve.bundle.manifest_mac import Parameters
 from tensorserve.bundle.nested_weights import bundle_name
 from tensorserve.bundle.stand_ins import stand_ins_of
-from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
+from tensorserve.errors import ConfigurationError, UsageError
 from tensorserve.format import (
-    CHUNK_BYTES,
     fresh_password_hash,
 )
 from tensorserve.launch.completeness import what_a_start_misses
@@ -42,6 +39,8 @@ from tensorserve.packing.bundle_files import (
     PlannedFile,
     Progress,
     copy_file,
+    encryption_of,
+    given_key,
     write_small,
     write_tensors,
 )
@@ -104,13 +103,7 @@ def pack(
             "Layout 'hf' has no shards: only layout 'vllm' has a file for each rank.",
             hint="Use layout 'vllm', or a tensor-parallel size of 1: layout 'hf' serves any size.",
         )
-    if key is not None and passphrase is not None:
-        raise ConfigurationError("Both a key and a passphrase are given.", hint="Give only one.")
-    opened_by: ModelKey | None = None
-    if key is not None:
-        opened_by = parse_key(key)
-    elif passphrase is not None:
-        opened_by = parse_passphrase(passphrase)
+    opened_by = given_key(key, passphrase)
     checkpoint = read_checkpoint(src, code=trust_remote_code)
     refuse_drafts_alone(checkpoint)
     notes = _notes(checkpoint, trust_remote_code)
@@ -150,8 +143,7 @@ def pack(
     needed = sum(_size(one) for one in (*folders.values(), *nested.values())) + SPARE_BYTES
     needed += sum(len(data) for _, data in stand_ins)
     # The destination is checked before vLLM spends time on building a model.
-    destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
-    try:
+    with open_destination(dest, access, overwrite=overwrite, needed=needed) as destination:
         with ExitStack() as stack:
             fingerprint, ranks = None, [from_checkpoint(checkpoint, casting)]
             if layout == VLLM:
@@ -184,9 +176,7 @@ def pack(
         manifest = Manifest(
             files=small,
             tensors_files=tensors,
-            encryption=None
-            if opened_by is None
-            else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
+            encryption=encryption_of(opened_by),
             made_by={"tensorserve": __version__},
             fingerprint=fingerprint,
             parameters=parameters,
@@ -196,14 +186,6 @@ def pack(
             signature = signer.sign_bundle(signed, small, manifest, dest)
             write_small(destination, SIGNATURE, signature)
         written = write_small(destination, MANIFEST, manifest)
-        destination.commit()
-    except BaseException as error:
-        try:
-            destination.discard()
-        except TensorserveError as failure:
-            # The first error is raised; this one is added to it.
-            error.add_note(f"The written files could not be removed: {failure.message}")
-        raise
     return PackResult(
         destination=redact_uri(dest),
         tensors=sum(len(file.plan.index.tensors) for file in files),

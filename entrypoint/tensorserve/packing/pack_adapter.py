@@ -12,16 +12,17 @@ from pathlib import Path
 
 from tensorserve.bundle.adapter_identity import ADAPTER_NAME, AdapterIdentity, is_model_name
 from tensorserve.bundle.adapters import CONFIG, WEIGHTS, rank_of
-from tensorserve.bundle.keys import ModelKey, parse_key, parse_passphrase
-from tensorserve.bundle.manifest import CIPHER, KEY, MANIFEST, Encryption, Manifest, manifest_line
-from tensorserve.errors import ConfigurationError, TensorserveError, UsageError
-from tensorserve.format import CHUNK_BYTES, fresh_password_hash
+from tensorserve.bundle.manifest import KEY, MANIFEST, Manifest, manifest_line
+from tensorserve.errors import UsageError
+from tensorserve.format import fresh_password_hash
 from tensorserve.packing.bundle_files import (
     SPARE_BYTES,
     ByteCount,
     PlannedFile,
     Progress,
     copy_file,
+    encryption_of,
+    given_key,
     write_small,
     write_tensors,
 )
@@ -105,40 +106,23 @@ def pack_adapter(
     key; CorruptError for a damaged file; and the destination's errors.
     """
     started = time.monotonic()
-    opened_by: ModelKey | None = None
-    if key is not None and passphrase is not None:
-        raise ConfigurationError("Both a key and a passphrase are given.", hint="Give only one.")
-    if key is not None:
-        opened_by = parse_key(key)
-    elif passphrase is not None:
-        opened_by = parse_passphrase(passphrase)
+    opened_by = given_key(key, passphrase)
     adapter = read_adapter(src, str(src))
     refuse_inside(adapter, dest)
     derivation = fresh_password_hash() if passphrase is not None else None
     file = PlannedFile(WEIGHTS, from_checkpoint(adapter), opened_by is not None, derivation)
     needed = file.plan.index.size + SPARE_BYTES
-    destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
-    try:
+    with open_destination(dest, access, overwrite=overwrite, needed=needed) as destination:
         count = ByteCount(file.plan.index.data_bytes, progress)
         tensors = write_tensors(destination, file, opened_by, count, threads)
         manifest = Manifest(
             files=(copy_file(destination, adapter, CONFIG, adapter.files[CONFIG], CONFIG),),
             tensors_files={WEIGHTS: tensors},
-            encryption=None
-            if opened_by is None
-            else Encryption(CIPHER, CHUNK_BYTES, "key" if passphrase is None else "passphrase"),
+            encryption=encryption_of(opened_by),
             made_by={"tensorserve": __version__},
             adapter=identity,
         ).to_json(opened_by, derivation)
         written = write_small(destination, MANIFEST, manifest)
-        destination.commit()
-    except BaseException as error:
-        try:
-            destination.discard()
-        except TensorserveError as failure:
-            # The first error is raised; this one is added to it.
-            error.add_note(f"The written files could not be removed: {failure.message}")
-        raise
     return PackedAdapter(
         destination=redact_uri(dest),
         identity=identity,

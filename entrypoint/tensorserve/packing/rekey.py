@@ -21,13 +21,11 @@ from tensorserve import sources
 from tensorserve.bundle.compiled import fingerprint_in
 from tensorserve.bundle.keys import GivenKey, ModelKey
 from tensorserve.bundle.manifest import (
-    CIPHER,
     KEY,
     MANIFEST,
     SHARDS,
     SIGNATURE,
     SINGLE,
-    Encryption,
     FileEntry,
     Manifest,
     TensorsEntry,
@@ -36,13 +34,13 @@ from tensorserve.bundle.manifest import (
 )
 from tensorserve.bundle.manifest_mac import Parameters
 from tensorserve.bundle.tensors_file import open_manifest, open_tensors
-from tensorserve.errors import ConfigurationError, CorruptError, TensorserveError, UsageError
-from tensorserve.format import CHUNK_BYTES
+from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.packing.bundle_files import (
     SPARE_BYTES,
     ByteCount,
     PlannedFile,
     Progress,
+    encryption_of,
     write_small,
     write_tensors,
 )
@@ -156,9 +154,8 @@ def rekey(
     present = sources.list_names(uri, access) or {}
     needed = sum(entry.size for entry in manifest.files) + SPARE_BYTES
     needed += sum(entry.size for entry in manifest.tensors_files.values())
-    destination = open_destination(dest, access, overwrite=overwrite, needed=needed)
     signed: dict[str, str] | None = None if signer is None else {}
-    try:
+    with open_destination(dest, access, overwrite=overwrite, needed=needed) as destination:
         made, count = _write(
             uri, access, old, new, manifest, destination, parameters, wrapped, progress, signed
         )
@@ -166,14 +163,6 @@ def rekey(
             signature = signer.sign_bundle(signed, manifest.files, made, dest)
             write_small(destination, SIGNATURE, signature)
         write_small(destination, MANIFEST, made)
-        destination.commit()
-    except BaseException as error:
-        try:
-            destination.discard()
-        except TensorserveError as failure:
-            # The first error is raised; this one is added to it.
-            error.add_note(f"The written files could not be removed: {failure.message}")
-        raise
     return Rekeyed(
         source=redact_uri(uri),
         destination=redact_uri(dest),
@@ -233,7 +222,7 @@ def _write(
     made = Manifest(
         files=manifest.files,
         tensors_files=tensors,
-        encryption=Encryption(CIPHER, CHUNK_BYTES, "key"),
+        encryption=encryption_of(new),
         made_by={"tensorserve": __version__},
         fingerprint=manifest.fingerprint,
         parameters=parameters,
