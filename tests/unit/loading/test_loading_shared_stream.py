@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -316,13 +317,19 @@ def left_alone(rank: int, said: str) -> None:
     os._exit(0)
 
 
+def fork_server() -> ForkServerContext:
+    """What makes the ranks' processes."""
+    server = multiprocessing.get_context("forkserver")
+    # Their imports (torch) once for all. Not this module: Python 3.11 does not find it there.
+    server.set_forkserver_preload(["tensorizer", "tensorserve.loading.shared_stream"])
+    return server
+
+
 def results(
     names: list[str], files: Path, said: Path, ranks: int
 ) -> dict[str, list[dict[str, Any] | None]]:
     """For each case what each rank wrote; None where it ended before."""
-    server = multiprocessing.get_context("forkserver")
-    # Their imports (torch) once for all. Not this module: Python 3.11 does not find it there.
-    server.set_forkserver_preload(["tensorizer", "tensorserve.loading.shared_stream"])
+    server = fork_server()
     processes = [
         server.Process(target=run, args=(rank, ranks, names, str(files), str(said)))
         for rank in range(ranks)
@@ -407,8 +414,7 @@ def test_a_rank_that_fails_ends_all_with_its_error(
 
 def test_a_rank_that_ends_in_a_broadcast_is_noticed(tmp_path: Path) -> None:
     """gloo tells nobody who has received a part of the message already."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tensorizer", "tensorserve.loading.shared_stream"])
+    server = fork_server()
     processes = [server.Process(target=left_alone, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
