@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tensorserve.config.environment import CHILD_NAMES, CHILD_PREFIXES
-from tensorserve.config.settings import AWS_SECRETS, AZURE_SECRETS
+from tensorserve.config.secret_names import AWS_SECRETS, AZURE_SECRETS
 from tensorserve.config.variables import VARIABLES
 from tensorserve.config.vllm_flags import OWNED, RENAMED
 

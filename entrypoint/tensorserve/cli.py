@@ -245,7 +245,7 @@ def _serve(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _engine(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from tensorserve.config.settings import HANDOFF_VARIABLE
+    from tensorserve.config.variables import HANDOFF_VARIABLE
     from tensorserve.launch.engine_process import run_engine
 
     return run_engine(lambda: main(["serve"]), _left_by_up(environ, HANDOFF_VARIABLE))
@@ -375,7 +375,7 @@ def _settings_with_key(environ: Mapping[str, str], uri: str) -> SourceSettings:
 
 def _uri(text: str, what: str) -> str:
     """`text` as a variable's value would be read. Raises ConfigurationError for what is no URI."""
-    from tensorserve.config.variables import parse_uri
+    from tensorserve.config.value_parsers import parse_uri
 
     name = "TENSORSERVE_MODEL_URI"
     text = tidied({name: text, "HOME": os.environ.get("HOME", "")}).get(name, "")

@@ -22,7 +22,8 @@ from certificates import PrivateCA
 from fronts import Front, Seen
 from tensorserve.config.access import access_for
 from tensorserve.config.launch_plan import make_plan
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.config.settings import Settings
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.errors import ConfigurationError, PermissionDeniedError, TensorserveError
 from tensorserve.launch.context import Start, publish_start
 from tensorserve.packing.destination import open_destination, replace_file
@@ -306,7 +307,7 @@ def test_a_store_is_written_listed_and_read(
 ENGINE = """
 import os, sys
 from tensorserve.config.access import access_for
-from tensorserve.config.settings import HANDOFF_VARIABLE
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.sources import open_source
 from tensorserve.launch.context import receive_start
 

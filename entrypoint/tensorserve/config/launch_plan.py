@@ -16,7 +16,7 @@ from tensorserve.config.draft_model import Draft
 from tensorserve.config.health_url import health_url
 from tensorserve.config.settings import Settings
 from tensorserve.config.signature import trust_for
-from tensorserve.config.variables import parse_host
+from tensorserve.config.value_parsers import parse_host
 from tensorserve.config.vllm_arguments import Argument, Arguments, parse_arguments
 from tensorserve.config.vllm_options import VllmOptions, options_of
 from tensorserve.errors import ConfigurationError

@@ -27,10 +27,11 @@ from tensorserve.bundle.verify import check_files_in_place
 from tensorserve.config.access import access_for, has_key
 from tensorserve.config.draft_model import check_draft, draft_from, local_bundle
 from tensorserve.config.launch_plan import make_plan
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings, SourceSettings
+from tensorserve.config.settings import Settings, SourceSettings
 from tensorserve.config.tensorizer_options import REFERENCE, environment_for
 from tensorserve.config.tidying import tidy_process
 from tensorserve.config.unwrapping import with_key
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.errors import ConfigurationError
 from tensorserve.format import KEY_SIZE
 from tensorserve.launch.context import Start, publish_start, receive_start

@@ -14,7 +14,7 @@ from multiprocessing import spawn
 from pathlib import Path
 
 from tensorserve.config import compile_caches
-from tensorserve.config.settings import HANDOFF_VARIABLE
+from tensorserve.config.variables import HANDOFF_VARIABLE
 
 # Variables that may differ: vLLM sets them while it runs, and they are read at use, not by an
 # import. Places in vLLM 0.32.0. Any other one that differs might be read by an import:

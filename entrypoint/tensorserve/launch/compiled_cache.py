@@ -25,7 +25,7 @@ from tensorserve.config.access import access_for, compiled_key_for
 from tensorserve.config.compile_caches import MOVED, cache_root, cache_variables
 from tensorserve.config.launch_plan import LaunchPlan
 from tensorserve.config.settings import Settings
-from tensorserve.config.variables import COMPILING
+from tensorserve.config.value_parsers import COMPILING
 from tensorserve.crypto.ed25519 import VerifyingKey
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.launch.compile_fingerprint import factors_of, fingerprint_of

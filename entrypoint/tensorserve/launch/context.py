@@ -13,7 +13,8 @@ from typing import Any
 
 from tensorserve.bundle.trust import DIGESTS
 from tensorserve.config.launch_plan import LaunchPlan, make_plan
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.config.settings import Settings
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.launch import handoff
 from tensorserve.launch.codec import decode, encode
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from tensorserve.bounded_json import read_json
 from tensorserve.config.draft_model import with_draft
 from tensorserve.config.launch_plan import LaunchPlan, wants_adapters, with_adapters
-from tensorserve.config.settings import HANDOFF_VARIABLE
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.errors import ConfigurationError, TensorserveError
 from tensorserve.launch import handoff
 from tensorserve.launch.compiled_cache import bring_compiled

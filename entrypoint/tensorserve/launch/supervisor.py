@@ -20,7 +20,8 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from tensorserve.config.launch_plan import make_plan
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.config.settings import Settings
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.errors import (
     ConfigurationError,
     CorruptError,

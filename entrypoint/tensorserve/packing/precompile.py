@@ -29,7 +29,7 @@ from tensorserve.config.access import access_for, key_for
 from tensorserve.config.launch_plan import LaunchPlan, make_plan
 from tensorserve.config.settings import Settings
 from tensorserve.config.unwrapping import with_key
-from tensorserve.config.variables import COMPILING
+from tensorserve.config.value_parsers import COMPILING
 from tensorserve.config.vllm_arguments import parse_arguments
 from tensorserve.crypto.ed25519 import SigningKey
 from tensorserve.crypto.secret_file import read_secret

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tensorserve.config.settings import Settings, SourceSettings, metrics_address
-from tensorserve.config.variables import VARIABLES, parse_size
+from tensorserve.config.value_parsers import parse_size
+from tensorserve.config.variables import VARIABLES
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
 

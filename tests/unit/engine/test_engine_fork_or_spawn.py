@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tensorserve.config.settings import HANDOFF_VARIABLE
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.engine.fork_or_spawn import (
     READ_AT_USE,
     open_files,

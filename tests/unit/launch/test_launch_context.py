@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tensorserve.config.access import access_for, key_for
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.config.settings import Settings
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.launch.companions import CompanionContext, publish_companions, receive_companions
 from tensorserve.launch.context import (
     PackedDraft,

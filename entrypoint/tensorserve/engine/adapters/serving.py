@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 from tensorserve.bundle.adapter_fit import BaseModel
-from tensorserve.config.settings import HANDOFF_VARIABLE, Settings
+from tensorserve.config.settings import Settings
+from tensorserve.config.variables import HANDOFF_VARIABLE
 from tensorserve.engine.adapters.counts import AdapterCounts
 from tensorserve.engine.adapters.entry import Limits
 from tensorserve.engine.adapters.source import AdapterSource
