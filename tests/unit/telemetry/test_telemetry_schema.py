@@ -204,7 +204,6 @@ def test_no_field_whatever_it_holds_raises_in_a_consumer(lines: list[dict[str, A
 
 COMMON_WORDS = {"start", "check", "verification", "signature", "phase", "ready", "failure"}
 OWN_FORMATS = {
-    "cli.py": "names of commands and options",
     "config/launch_plan.py": "names of flags",
     "launch/engine_process.py": "words of a message",
     "packing/precompile.py": "names of flags",
