@@ -150,8 +150,7 @@ An allow-list; add names with `TENSORSERVE_PASS_ENV`.
 - by prefix: {", ".join(f"`{prefix}*`" for prefix in CHILD_PREFIXES)}
 
 Switched on unless you set them: `HF_HUB_OFFLINE=1` (everything is in the bundle),
-`VLLM_NO_USAGE_STATS=1`, `DO_NOT_TRACK=1`; in vLLM's CPU build `THP_MEM_ALLOC_ENABLE=1` (torch asks for
-huge pages for large tensors). Where `XDG_CACHE_HOME` is set, each cache of compiled
+`VLLM_NO_USAGE_STATS=1`, `DO_NOT_TRACK=1`. Where `XDG_CACHE_HOME` is set, each cache of compiled
 code is put below it as well, unless its own variable is set ([caches.md](caches.md)).
 
 {END}

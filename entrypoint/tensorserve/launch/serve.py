@@ -24,7 +24,6 @@ from tensorserve.launch.compiled_cache import bring_compiled
 from tensorserve.launch.completeness import check_complete
 from tensorserve.launch.context import Start, current_start, publish_start
 from tensorserve.launch.cpu_environment import cpu_environment
-from tensorserve.launch.huge_pages import huge_pages
 from tensorserve.launch.import_first import Program, import_beside
 from tensorserve.launch.lora_adapters import hold_adapters
 from tensorserve.launch.prefetch_process import start_prefetch
@@ -60,13 +59,12 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
     prepare_state_dir(settings.state_dir)
     log_path = events_path(settings.state_dir)
     log = EventLog(log_path)
-    forks = settings.import_once != "off"
     try:
-        start = _for_cpu_build(start, forks=forks)
-        if not forks:
+        if settings.import_once == "off":
             program = _prepare(start, log)
             log.emit(EngineProcessStarted(None, "spawn", "TENSORSERVE_IMPORT_ONCE=off"))
             _become(program)
+        start = _for_forks(start)
         known = Program((str(PROGRAM), *start.plan.argv[1:]), dict(start.plan.environment))
         import_beside(lambda: _prepare(start, log), known, log_path)
     except TensorserveError as error:
@@ -132,18 +130,13 @@ def _configuration(model_dir: Path) -> dict[str, object]:
     return {}
 
 
-def _for_cpu_build(start: Start, *, forks: bool) -> Start:
-    """The start with the variables of vLLM's CPU build, if that is installed.
-
-    `forks`: also those that processes need which are forked, not spawned.
-    """
+def _for_forks(start: Start) -> Start:
+    """The start with the variables that processes need which are forked, not spawned."""
     environment = dict(start.plan.environment)
     # That there is no vLLM is for the checks to report.
     with suppress(ConfigurationError):
         if engine_is_cpu():
-            environment |= huge_pages(environment)
-            if forks:
-                environment |= cpu_environment(environment)
+            environment |= cpu_environment(environment)
     return replace(start, plan=replace(start.plan, environment=tuple(sorted(environment.items()))))
 
 
