@@ -15,6 +15,16 @@ def remote_start(processors: int) -> int:
     return min(DEFAULTS.most_start_connections, max(DEFAULTS.least_start_connections, wanted))
 
 
+def prefetch_start(processors: int) -> int:
+    """With how many connections fetching ahead begins, while vLLM's import takes one processor.
+
+    A near server gives one connection all that a processor can take. Each further one would take
+    time from the import. From a distant one the processors are idle, and the first step is wide.
+    Two at least: a connection that hangs must not hold up all.
+    """
+    return min(remote_start(processors), max(2, processors - 1))
+
+
 class Concurrency:
     """The number of connections that shall work now: `target`.
 

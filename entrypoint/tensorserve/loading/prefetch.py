@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from tensorserve.loading.block_cache import ABSENT, BLOCK_BYTES, PRESENT, REQUESTED, BlockCache
-from tensorserve.loading.concurrency import Concurrency, remote_start
+from tensorserve.loading.concurrency import Concurrency, prefetch_start
 from tensorserve.loading.counters import LoadProgress
 from tensorserve.loading.cpu_idle import CpuIdle
 from tensorserve.loading.scheduler import moving_average, straggler_threshold
@@ -41,7 +41,7 @@ class Prefetcher:
         self._ended = threading.Event()
         processors = os.sched_getaffinity(0)
         self._concurrency = Concurrency(
-            remote_start(len(processors)),
+            prefetch_start(len(processors)),
             DEFAULTS.most_connections,
             progress.received_bytes,
             idle=CpuIdle(processors),

@@ -27,7 +27,7 @@ def test_it_ends_with_the_plugin_that_vllm_calls(usual: tuple[int, int, int]) ->
     """Twice each: vLLM may call it more than once, and a fork has begun it already."""
     gc_threshold.rarely_collect()
     gc_threshold.rarely_collect()
-    assert gc.get_threshold() == (50_000, *usual[1:])
+    assert gc.get_threshold() == (10_000_000, *usual[1:])
     assert gc.isenabled()
     vllm_plugin.register()
     assert gc.get_threshold() == usual
@@ -40,11 +40,11 @@ def test_who_chose_other_numbers_keeps_them() -> None:
     gc.set_threshold(1234, 5, 6)
     gc_threshold.collect_as_usual()
     assert gc.get_threshold() == (1234, 5, 6)
-    gc.set_threshold(90_000, 5, 6)
+    gc.set_threshold(90_000_000, 5, 6)
     gc_threshold.rarely_collect()
-    assert gc.get_threshold() == (90_000, 5, 6)
+    assert gc.get_threshold() == (90_000_000, 5, 6)
     gc_threshold.collect_as_usual()
-    assert gc.get_threshold() == (90_000, 5, 6)
+    assert gc.get_threshold() == (90_000_000, 5, 6)
 
 
 def test_the_program_begins_with_it(tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_the_program_begins_with_it(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert run.stdout.split() == ["50000"]
+    assert run.stdout.split() == ["10000000"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tensorserve.loading.concurrency import Concurrency, remote_start
+from tensorserve.loading.concurrency import Concurrency, prefetch_start, remote_start
 
 MB = 1e6
 
@@ -145,6 +145,11 @@ def test_where_the_link_is_full_a_wide_step_is_taken_back() -> None:
 @pytest.mark.parametrize(("processors", "expected"), [(1, 4), (2, 4), (4, 8), (8, 16), (96, 16)])
 def test_few_processors_begin_with_few_connections(processors: int, expected: int) -> None:
     assert remote_start(processors) == expected
+
+
+@pytest.mark.parametrize(("processors", "expected"), [(1, 2), (2, 2), (4, 3), (8, 7), (96, 16)])
+def test_fetching_ahead_leaves_the_import_a_processor(processors: int, expected: int) -> None:
+    assert prefetch_start(processors) == expected
 
 
 def test_a_number_that_was_asked_for_is_kept() -> None:
