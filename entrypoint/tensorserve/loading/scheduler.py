@@ -117,7 +117,7 @@ class Scheduler(Generic[Target]):
         self._strip_bytes = strip_bytes
         self._placed_bytes = placed_bytes
         self._todo = deque(records)
-        self._bytes_left = sum(record.length for record in self._todo)
+        self._bytes = self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
         self._room = room
         self._longest = longest
@@ -144,6 +144,9 @@ class Scheduler(Generic[Target]):
             left = max(self._bytes_left / connections, self._shortest())
             share = min(left, self._room() / DEFAULTS.job_room / connections)
             size = self._longest()
+            whole = self._bytes / connections
+            while size > DEFAULTS.job_bytes and DEFAULTS.long_job_share * size > whole:
+                size //= 2
             while size > max(share, DEFAULTS.short_job_bytes):
                 size //= 2
             spans = self._cut(size)

@@ -42,6 +42,10 @@ class Tuning:
     """
     long_job_seconds: float = 1.0
     """A tensor at the begin of a long job is there so much earlier than the next job's. Guess."""
+    long_job_share: int = 2
+    """A job is longer than `job_bytes` only where a load has so many of them for each connection:
+    a short load's tensors come one after the other. Guess.
+    """
     short_job_bytes: int = 4 * _MIB
     """One request towards the end of a load, or where memory is scarce. Jobs of single parts
     doubled the requests without gain (docs/loader.md, "What did not help").

@@ -218,7 +218,7 @@ def test_a_free_connection_takes_the_rest_of_a_slow_ones_job(
 
 def test_the_last_jobs_are_worth_a_request_each() -> None:
     """Each connection's share of what is left is less; on a fast link it comes soon enough."""
-    of = records(100 * 8 * MIB, at=8 * MIB)
+    of = records(200 * 8 * MIB, at=8 * MIB)
     one = Scheduler(
         of,
         lambda record: record,
@@ -229,6 +229,14 @@ def test_the_last_jobs_are_worth_a_request_each() -> None:
     sizes = [sum(span.length for span in job.spans) // MIB for job in jobs_of(one, 16)]
     assert set(sizes[:-1]) == {24, 32, 16}  # the first one ends at a multiple of its size
     assert sizes[-1] <= 16
+
+
+def test_a_short_load_has_no_long_jobs() -> None:
+    """Its tensors come one after the other: two for each connection, or of 8 MiB."""
+    of = records(30 * MIB)
+    one = Scheduler(of, lambda record: record, longest=lambda: 64 * MIB, shortest=lambda: 64 * MIB)
+    sizes = [sum(span.length for span in job.spans) // MIB for job in jobs_of(one, 1)]
+    assert sizes == [8, 8, 8, 6]
 
 
 def test_what_comes_soon_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
