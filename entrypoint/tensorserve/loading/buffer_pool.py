@@ -41,20 +41,19 @@ class BufferPool:
         """A uint8 tensor of `count` bytes. Its memory returns here when its last view is gone, so
         what a consumer keeps is not used again.
         """
-        return self.take_with_view(count)[0]
+        return tensor_of(self.lend(count))
 
-    def take_with_view(self, count: int) -> tuple[torch.Tensor, memoryview]:
-        """As `take`, and a view that must not be used without the tensor."""
+    def lend(self, count: int) -> memoryview:
+        """The memory of `take`, for `tensor_of`. It returns here when that object is gone."""
         if count < DEFAULTS.pooled_bytes:
-            tensor = torch.empty(count, dtype=torch.uint8)
-            return tensor, tensor.numpy().data
+            return memoryview(bytearray(count))
         block = self._fitting(count) or _fresh(count)
         # torch holds this object as long as any tensor uses the memory.
-        owner = memoryview(block)
+        owner = memoryview(block)[:count]
         lent = _Lent(owner, self._back)
         lent.block = block
         self._lent[id(lent)] = lent
-        return torch.frombuffer(owner, dtype=torch.uint8, count=count), memoryview(block)[:count]
+        return owner
 
     def _back(self, lent: _Lent) -> None:
         del self._lent[id(lent)]
@@ -76,6 +75,13 @@ class BufferPool:
             while self._kept > self._keep:
                 self._kept -= len(self._free.pop(0))
             return block
+
+
+def tensor_of(memory: memoryview) -> torch.Tensor:
+    """A uint8 tensor, which holds `memory` as long as anything uses it."""
+    if not memory:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _fresh(count: int) -> mmap.mmap:

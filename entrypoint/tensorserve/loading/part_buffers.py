@@ -108,6 +108,7 @@ class PartBuffers:
     def complete(self, tensor: PendingTensor) -> None:
         """All of a tensor is in its place: what is in host memory as a whole goes to the device."""
         if self._staging is not None and tensor.staged:
+            assert tensor.memory is not None
             self._staging.send_all(tensor.view, tensor.memory)
             tensor.copied = self._staging.sent()
 
@@ -143,6 +144,7 @@ class PartBuffers:
             slot.numpy().data[:length] = part.memory
             if length == DEFAULTS.part_bytes:
                 self._spare.append(part.memory)
+        assert tensor.memory is not None
         self._staging.send(slot, tensor.memory[begin : begin + length])
 
 

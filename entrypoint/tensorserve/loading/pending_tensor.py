@@ -57,7 +57,6 @@ class Latch:
         return False
 
 
-_NO_TENSOR = torch.empty(0)
 NO_MEMORY = memoryview(b"")
 
 
@@ -66,11 +65,13 @@ class PendingTensor:
     """One tensor that is being received. `lock` guards the fields that several threads change."""
 
     record: TensorRecord
-    memory: torch.Tensor
-    """uint8, of the record's length; on the device where the tensor is copied there."""
-    view: memoryview
+    memory: torch.Tensor | None = None
+    """uint8, of the record's length; on the device where the tensor is copied there. None: it is
+    made of `view` when it is handed out.
+    """
+    view: memoryview = NO_MEMORY
     """Host memory of the whole tensor; empty where it is copied to a device part by part."""
-    ahead_bytes: int
+    ahead_bytes: int = 0
     """What it takes of the budget for tensors ahead of the consumer."""
     gathered_bytes: int = 0
     """Host memory that is taken until it is copied to the device as a whole."""
@@ -108,7 +109,7 @@ class PendingTensor:
 
     def hand_over(self) -> None:
         """Drop the memory, which is the consumer's now: a job that goes on may still hold this."""
-        self.memory, self.view = _NO_TENSOR, NO_MEMORY
+        self.memory, self.view = None, NO_MEMORY
         if self.in_c is not None:
             self.in_c.let_go()
         self.in_c = self.sealed = None

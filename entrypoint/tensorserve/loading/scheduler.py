@@ -96,9 +96,9 @@ class Scheduler(Generic[Target]):
     there is no room for it yet. It must not wait: no thread could claim or take over a job
     meanwhile. `room()`: bytes that all jobs together may have pending at the moment; beyond that
     `admit` gives None. `longest()`: bytes of a job while there is enough for all, `short_job_bytes`
-    times a power of two. `aligned`: jobs end at multiples of their size in the file, else where a
-    span ends. `strip_bytes`: the longest span; `placed_bytes`: the longest piece of a tensor's
-    data, a divisor of `part_bytes`.
+    times a power of two; `shortest()`: the same towards the end. `aligned`: jobs end at multiples
+    of their size in the file, else where a span ends. `strip_bytes`: the longest span;
+    `placed_bytes`: the longest piece of a tensor's data, a divisor of `part_bytes`.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Scheduler(Generic[Target]):
         room: Callable[[], int] = lambda: END,
         *,
         longest: Callable[[], int] = lambda: DEFAULTS.job_bytes,
+        shortest: Callable[[], int] = lambda: DEFAULTS.short_job_bytes,
         aligned: bool = False,
         strip_bytes: int = DEFAULTS.part_bytes,
         placed_bytes: int = DEFAULTS.part_bytes,
@@ -116,10 +117,11 @@ class Scheduler(Generic[Target]):
         self._strip_bytes = strip_bytes
         self._placed_bytes = placed_bytes
         self._todo = deque(records)
-        self._bytes_left = sum(record.length for record in self._todo)
+        self._bytes = self._bytes_left = sum(record.length for record in self._todo)
         self._admit = admit
         self._room = room
         self._longest = longest
+        self._shortest = shortest
         self._aligned = aligned
         self._claiming = threading.Lock()
         self._lock = threading.Lock()
@@ -139,10 +141,11 @@ class Scheduler(Generic[Target]):
         with self._claiming:
             # At the end each connection gets its share, so that none is left alone with a long job.
             # And all of them have to fit into the memory.
-            left = self._bytes_left / connections
+            left = max(self._bytes_left / connections, self._shortest())
             share = min(left, self._room() / DEFAULTS.job_room / connections)
             size = self._longest()
-            while size > DEFAULTS.job_bytes and DEFAULTS.long_job_share * size > left:
+            whole = self._bytes / connections
+            while size > DEFAULTS.job_bytes and DEFAULTS.long_job_share * size > whole:
                 size //= 2
             while size > max(share, DEFAULTS.short_job_bytes):
                 size //= 2
@@ -170,7 +173,11 @@ class Scheduler(Generic[Target]):
             left = victim.stop - victim.next - 1 if victim is not None else 0
             if victim is None or left < 1:
                 return None
-            if left == 1 and time.monotonic() - victim.began < DEFAULTS.steal_seconds:
+            waited, usual = time.monotonic() - victim.began, self._span_seconds
+            if left == 1 and waited < DEFAULTS.steal_seconds:
+                return None
+            soon = 0 < left * usual < DEFAULTS.steal_least_seconds
+            if soon and waited < DEFAULTS.straggler_factor * usual:
                 return None
             middle = victim.stop - (left + 1) // 2
             running = victim.running

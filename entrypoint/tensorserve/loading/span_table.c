@@ -106,7 +106,8 @@ typedef struct {
     row *rows;
     uint8_t *buffer; /* as long as the longest span that is not direct */
     int64_t buffer_size;
-    int (*call)(int);
+    int (*call)(void *owner, int);
+    void *owner;
     const cipher *c;
     int64_t filled; /* of the span that is being received */
     int64_t done;
@@ -488,7 +489,7 @@ static int complete(table *b, int number, const uint8_t *data)
         s->call = BY_PYTHON;
     }
     if (s->call == BY_PYTHON) {
-        bad = b->call(number);
+        bad = b->call(b->owner, number);
     } else if (s->mine) {
         settle(b, s, s->direct == NULL ? data : NULL);
     }

@@ -20,7 +20,7 @@ from tensorserve.format import TensorHeader
 from tensorserve.linux import can_populate
 from tensorserve.sources.scatter_read import Filling, Sink
 
-Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+_Call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_int)
 # PyBUF_WRITE (object.h).
 _PYBUF_WRITE = 0x200
 
@@ -106,7 +106,8 @@ class _Table(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("buffer", ctypes.c_void_p),
         ("buffer_size", ctypes.c_int64),
-        ("call", Callback),
+        ("call", _Call),
+        ("owner", ctypes.c_void_p),
         ("cipher", ctypes.c_void_p),
         ("filled", ctypes.c_int64),
         ("done", ctypes.c_int64),
@@ -228,24 +229,35 @@ class TensorMemory:
         waits: bool = False,
     ) -> None:
         """`waits`: the header comes later (`ready`). Until then bytes are put there as they are."""
+        self._make(len(memory), waits=waits)
+        self.put_into(memory)
+        if header is not None:
+            self._open_with(header, key)
+
+    @classmethod
+    def to_come(cls, length: int) -> TensorMemory:
+        """That of a tensor whose memory (`put_into`) and header come later."""
+        made = cls.__new__(cls)
+        made._make(length, waits=True)
+        return made
+
+    def _make(self, length: int, *, waits: bool) -> None:
         found = functions()
         assert found is not None
         self._functions = found
-        self.place, self._memory = _address(memory)
         self._c = _Tensor(
-            self.place,
-            len(memory),
-            ctypes.addressof(found.cipher),
-            left=len(memory) + 1,
-            waits=waits,
+            None, length, ctypes.addressof(found.cipher), left=length + 1, waits=waits
         )
         self.address = ctypes.addressof(self._c)
         """Of the structure in C."""
+        self._memory: Any = None
         self._kept: list[Any] = []
         self._failed: bytearray | memoryview | None = None
         self._head: bytearray | None = None
-        if header is not None:
-            self._open_with(header, key)
+
+    def put_into(self, memory: memoryview) -> None:
+        """This is the tensor's memory."""
+        self._c.place, self._memory = _address(memory)
 
     def _open_with(self, header: TensorHeader, key: bytes | None) -> None:
         chunks = header.chunks
@@ -384,23 +396,26 @@ class SpanTable(Filling):
         self._event: ctypes.Array[ctypes.c_int32] = _array(ctypes.c_int32, max(1, rows))()
         address, self._buffer = _address(buffer)
         self._called = called
-        self._callback = Callback(self._guarded)
         self._c = _Table(
             ctypes.addressof(self.spans),
             ctypes.addressof(self.rows),
             address,
             len(buffer),
-            self._callback,
+            _call,
+            id(self),
             ctypes.addressof(found.cipher),
             event=ctypes.addressof(self._event),
             wanted=spans,
         )
         self._state = ctypes.addressof(self._c)
         self._errors: list[BaseException] = []
+        self._origin: SpanTable | None = None
+        """What C knows as the table's, where this is the rest of it."""
         self._base = 0
         self._length = length
 
-    def _guarded(self, number: int) -> int:
+    def called(self, number: int) -> int:
+        """By C: non-zero where it shall end."""
         try:
             self._called(number)
         # Raised when C has returned: an exception must not pass through it.
@@ -414,6 +429,7 @@ class SpanTable(Filling):
     def rest(self) -> Filling:
         """See `Filling`."""
         other = copy(self)
+        other._origin = self
         other._base = self._c.done
         other._length = self._length - self.done
         return other
@@ -513,3 +529,11 @@ class SpanTable(Filling):
     def stop(self) -> None:
         """End at the next span."""
         self._c.stopped = 1
+
+
+def _ask(table: SpanTable, number: int) -> int:
+    return table.called(number)
+
+
+# One function for all tables: to make one takes longer than to fill a table.
+_call = _Call(_ask)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
@@ -21,6 +23,7 @@ import torch
 from tensorserve.format import FileKey, TensorRecord
 from tensorserve.linux import run_on
 from tensorserve.loading.assembler import Assembler
+from tensorserve.loading.buffer_pool import tensor_of
 from tensorserve.loading.byte_budget import ByteBudget
 from tensorserve.loading.concurrency import Concurrency, remote_start
 from tensorserve.loading.counters import LoadProgress
@@ -126,13 +129,13 @@ class TensorStream:
             options.ahead_bytes, strip, staging, whole=options.verify_hashes, in_host=in_host
         )
         self._concurrency = _concurrency(source, options, progress, self._memory.most_connections)
+        job_bytes = partial(_job_bytes, progress, self._concurrency, source)
         self._scheduler: Scheduler[PendingTensor] = Scheduler(
             records,
             self._admit,
             room=lambda: self._memory.room(self._concurrency.after_next_step),
-            longest=partial(_job_bytes, progress, self._concurrency)
-            if source.long_requests
-            else lambda: DEFAULTS.job_bytes,
+            longest=partial(job_bytes, DEFAULTS.long_job_seconds, DEFAULTS.job_bytes),
+            shortest=partial(job_bytes, DEFAULTS.short_job_seconds, DEFAULTS.short_job_bytes),
             aligned=source.remote,
             strip_bytes=strip,
             placed_bytes=DEFAULTS.part_bytes if direct else strip,
@@ -147,6 +150,10 @@ class TensorStream:
             finished=self._complete,
             in_c=staging is None,
         )
+        self._not_prepared = (r for r in records if r.header_offset not in self._header_only)
+        self._next_tensors: deque[PendingTensor] = deque()
+        """In file order, without memory. Only who claims a job uses these two."""
+        self._prepare()
         self._admitted: SimpleQueue[PendingTensor | None] = SimpleQueue()
         """In file order; None: the load has stopped."""
         self._head: PendingTensor | None = None
@@ -194,8 +201,7 @@ class TensorStream:
     def __iter__(self) -> Iterator[tuple[TensorRecord, torch.Tensor]]:
         while (tensor := self._next_tensor()) is not None:
             record = tensor.record
-            shaped_one = shaped(record, tensor.memory)
-            tensor.hand_over()
+            shaped_one = _handed_over(tensor)
             yield record, shaped_one
             del shaped_one
             self._release_ahead(tensor)
@@ -208,8 +214,7 @@ class TensorStream:
         tensor = self._next_tensor()
         if tensor is None:
             return None
-        taken = tensor.record, shaped(tensor.record, tensor.memory)
-        tensor.hand_over()
+        taken = tensor.record, _handed_over(tensor)
         self._release_ahead(tensor)
         return taken
 
@@ -374,7 +379,7 @@ class TensorStream:
         take one and make room. Where no tensor is ahead, one of any size is admitted.
         """
         if (left_out := self._header_only.get(record.header_offset)) is not None:
-            tensor = PendingTensor(left_out, torch.empty(0), NO_MEMORY, 0, header_only=True)
+            tensor = PendingTensor(left_out, header_only=True)
             self._admitted.put(tensor)
             return tensor
         if self._next_place is None or self._next_place[0] is not record:
@@ -396,33 +401,45 @@ class TensorStream:
             if not self._memory.take(host, device, self._concurrency.after_next_step):
                 return None
         self._next_place = None
-        view = NO_MEMORY
-        if memory is None and staging is None:
-            memory, view = self._memory.pool.take_with_view(record.length)
-        elif memory is None and staging is not None:
-            memory = staging.memory(record.length)
-        assert memory is not None
-        if record.length and gathered:
-            view = self._memory.pool.take(record.length).numpy().data
-        elif record.length and staging is None and not view:
-            view = memory.numpy().data
-        tensor = PendingTensor(
-            record,
-            memory,
-            view,
-            ahead,
-            gathered_bytes=record.length if gathered else 0,
-            staged=staging is not None,
-        )
-        if self._receiver.in_c and record.length:
-            tensor.in_c = TensorMemory(view, None, None, waits=True)
-            self._assembler.expect_header(tensor)
+        tensor = self._prepared(record)
+        tensor.ahead_bytes, tensor.staged = ahead, staging is not None
+        tensor.memory = memory
+        if staging is not None:
+            tensor.memory = staging.memory(record.length) if memory is None else memory
+            if gathered:
+                tensor.gathered_bytes = record.length
+                tensor.view = self._memory.pool.lend(record.length)
+        elif memory is None:
+            tensor.view = self._memory.pool.lend(record.length)
+        elif record.length:
+            tensor.view = memory.numpy().data
+        if tensor.in_c is not None:
+            tensor.in_c.put_into(tensor.view)
         self._admitted.put(tensor)
         return tensor
 
+    def _prepared(self, record: TensorRecord) -> PendingTensor:
+        """The tensor of `record`, without memory."""
+        if not self._next_tensors:
+            self._prepare()
+        tensor = self._next_tensors.popleft()
+        assert tensor.record is record
+        return tensor
+
+    def _prepare(self) -> None:
+        """Make the next tensors, without memory. One at a time takes several times as long, all of
+        it with Python's lock: other threads have filled the processor's caches meanwhile.
+        """
+        for record in islice(self._not_prepared, DEFAULTS.prepared_tensors):
+            tensor = PendingTensor(record)
+            if self._receiver.in_c and record.length:
+                tensor.in_c = TensorMemory.to_come(record.length)
+                self._assembler.expect_header(tensor)
+            self._next_tensors.append(tensor)
+
     def _complete(self, tensor: PendingTensor) -> None:
         """A tensor is assembled and checked."""
-        if self._staging is not None:
+        if self._staging is not None and tensor.memory is not None:
             tensor.view = NO_MEMORY  # it was copied to the device
         with self._changed:
             self._waiting_bytes += tensor.ahead_bytes
@@ -473,13 +490,23 @@ def _concurrency(
     return Concurrency(start, most, progress.received_bytes, idle=idle)
 
 
-def _job_bytes(progress: LoadProgress, concurrency: Concurrency) -> int:
-    """How long a job may be: on a fast link, what a connection brings in `long_job_seconds`."""
-    wanted = concurrency.rate(progress.received_bytes()) * DEFAULTS.long_job_seconds
-    size = DEFAULTS.job_bytes
+def _job_bytes(
+    progress: LoadProgress, concurrency: Concurrency, source: Source, seconds: float, least: int
+) -> int:
+    """How long a job may be: on a fast link, what a connection brings in `seconds`."""
+    if not source.long_requests:
+        return least
+    wanted = concurrency.rate(progress.received_bytes()) * seconds
+    size = least
     while 2 * size <= min(wanted, DEFAULTS.most_job_bytes):
         size *= 2
     return size
+
+
+def _handed_over(tensor: PendingTensor) -> torch.Tensor:
+    memory = tensor_of(tensor.view) if tensor.memory is None else tensor.memory
+    tensor.hand_over()
+    return shaped(tensor.record, memory)
 
 
 def shaped(record: TensorRecord, memory: torch.Tensor) -> torch.Tensor:

@@ -43,12 +43,16 @@ class Tuning:
     long_job_seconds: float = 1.0
     """A tensor at the begin of a long job is there so much earlier than the next job's. Guess."""
     long_job_share: int = 2
-    """A job is longer than `job_bytes` only as long as each connection has so many of them to do:
+    """A job is longer than `job_bytes` only where a load has so many of them for each connection:
     a short load's tensors come one after the other. Guess.
     """
     short_job_bytes: int = 4 * _MIB
     """One request towards the end of a load, or where memory is scarce. Jobs of single parts
     doubled the requests without gain (docs/loader.md, "What did not help").
+    """
+    short_job_seconds: float = 0.5
+    """Towards the end of a load, a job takes a connection so long where that is more. It bounds by
+    how much one connection ends after the others, and no request is made for less. Guess.
     """
     job_room: float = 1.5
     """Jobs are short if the memory is less than this many times the size of all long jobs: a span
@@ -57,6 +61,10 @@ class Tuning:
     small_bytes: int = 256 * _KIB
     """Tensors up to this length are received together with their neighbours, and no rank leaves
     them out: a range or a request of its own costs more than their bytes. Guess.
+    """
+    prepared_tensors: int = 64
+    """So many are set up at once, without their memory: some 4 KiB each. One at a time takes three
+    times as long (measured with 16 connections on two cores).
     """
     gap_bytes: int = 64 * _KIB
     """A gap between two tensors up to this length is read through rather than skipped. Guess: at
@@ -78,6 +86,10 @@ class Tuning:
     steal_seconds: float = 0.5
     """A job with a single range left to begin is taken over after that time only: a second request
     costs more than it saves. Guess.
+    """
+    steal_least_seconds: float = 0.1
+    """What a job has left is not taken over if it comes within that time, as ranges do on average:
+    the connection that leaves it has to be closed, and a new one be made. Guess.
     """
 
     # Threads and connections -----------------------------------------------------------------

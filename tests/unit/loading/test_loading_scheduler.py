@@ -216,6 +216,49 @@ def test_a_free_connection_takes_the_rest_of_a_slow_ones_job(
     assert not one.passed(slow)
 
 
+def test_the_last_jobs_are_worth_a_request_each() -> None:
+    """Each connection's share of what is left is less; on a fast link it comes soon enough."""
+    of = records(200 * 8 * MIB, at=8 * MIB)
+    one = Scheduler(
+        of,
+        lambda record: record,
+        longest=lambda: 64 * MIB,
+        shortest=lambda: 16 * MIB,
+        aligned=True,
+    )
+    sizes = [sum(span.length for span in job.spans) // MIB for job in jobs_of(one, 16)]
+    assert set(sizes[:-1]) == {24, 32, 16}  # the first one ends at a multiple of its size
+    assert sizes[-1] <= 16
+
+
+def test_a_short_load_has_no_long_jobs() -> None:
+    """Its tensors come one after the other: two for each connection, or of 8 MiB."""
+    of = records(30 * MIB)
+    one = Scheduler(of, lambda record: record, longest=lambda: 64 * MIB, shortest=lambda: 64 * MIB)
+    sizes = [sum(span.length for span in job.spans) // MIB for job in jobs_of(one, 1)]
+    assert sizes == [8, 8, 8, 6]
+
+
+def test_what_comes_soon_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new connection would take longer; but where a span takes longer than usual, it is."""
+    one = schedule(records(100 * DEFAULTS.part_bytes))
+    while (job := one.claim(1)) is not None and job.stop - job.next < SPANS:
+        one.end(job)
+    assert job is not None
+    one.passed(job)
+    while rest := one.claim(1):
+        one.end(rest)
+
+    def set_to(least: float, factor: float) -> None:
+        changed = replace(DEFAULTS, steal_least_seconds=least, straggler_factor=factor)
+        monkeypatch.setattr(scheduler_module, "DEFAULTS", changed)
+
+    set_to(3600.0, 1e12)
+    assert one.steal() is None
+    set_to(3600.0, 0.0)
+    assert one.steal() is not None
+
+
 def test_a_span_that_hangs_is_given_out_a_second_time_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -386,6 +386,19 @@ def test_what_waits_for_other_ranks_is_not_read_far_ahead(tmp_path: Path) -> Non
             assert torch.equal(tensor, tensors[record.name])
 
 
+def test_more_tensors_than_are_set_up_at_once(tmp_path: Path) -> None:
+    """Their memory and their headers are their own, with and without data."""
+    path = tmp_path / "model.tensors"
+    serializer = TensorSerializer(str(path))
+    count = 2 * DEFAULTS.prepared_tensors + 1
+    wanted = {f"{n:03}": torch.full((n % 3, 5), n, dtype=torch.int32) for n in range(count)}
+    serializer.write_state_dict(wanted)
+    serializer.close()
+    found, _ = streamed(MemorySource(path.read_bytes()), LoadOptions(connections=2), None)
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_tensor_without_elements_comes_as_it_is(tmp_path: Path) -> None:
     """Nothing is read for it, and its shape is kept."""
     path = tmp_path / "model.tensors"
