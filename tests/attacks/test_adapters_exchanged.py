@@ -5,29 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from forging import downgrade, exchange, rewrite
-from safetensors.torch import save_file
 from starting import refused
-from victims import Store, make_bundle
+from victims import Store, make_adapter, make_bundle
 
 from tensorserve.packing.lora import read_adapters
 
 FILES = [Path("adapters") / name / "adapter_model.tensors" for name in ("polite", "rude")]
 
 
-def adapter(directory: Path, value: float) -> Path:
-    directory.mkdir()
-    content = {"base_model.model.a.lora_A.weight": torch.full((4, 16), value)}
-    save_file(content, directory / "adapter_model.safetensors")
-    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    return directory
-
-
 @pytest.fixture
 def with_adapters(tmp_path: Path) -> Path:
     """A bundle with two adapters."""
-    given = [f"{p.parent.name}={adapter(tmp_path / p.parent.name, n)}" for n, p in enumerate(FILES)]
+    given = [
+        f"{p.parent.name}={make_adapter(tmp_path / p.parent.name, n)}" for n, p in enumerate(FILES)
+    ]
     return make_bundle(tmp_path / "with", adapters=read_adapters(given))
 
 

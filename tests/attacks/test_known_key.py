@@ -17,12 +17,18 @@ import pytest
 import torch
 from forging import index_of
 from loads import load
-from victims import KEY, LAYERS, make_bundle, make_source
+from victims import KEY, LAYERS, make_adapter, make_bundle, make_source
 
 from model_signers import Pair, make_pair
+from tensorserve.bundle.adapter_fit import BaseModel
+from tensorserve.bundle.adapter_identity import AdapterIdentity
+from tensorserve.config.settings import Settings
+from tensorserve.engine.adapters.refusal import AdapterRefused
+from tensorserve.engine.adapters.source import AdapterSource
 from tensorserve.errors import CorruptError
 from tensorserve.format.read_tensor import read_header
 from tensorserve.packing.pack import pack
+from tensorserve.packing.pack_adapter import pack_adapter
 from tensorserve.secret import Secret
 from tensorserve.sources import Access
 from tensorserve.sources.local import LocalSource
@@ -135,3 +141,19 @@ def test_a_bundle_of_his_with_a_good_mac(tmp_path: Path, bundle: Path, owner: Pa
     shutil.copy(bundle / "model.sig", tmp_path / "his")
     with pytest.raises(CorruptError, match="is not the file that was signed"):
         load(environ(tmp_path / "his", owner))
+
+
+def test_an_adapters_weights_with_the_same_tags(tmp_path: Path, owner: Pair) -> None:
+    """Refused as the model's are."""
+    given, there = make_adapter(tmp_path / "given", 1.0), tmp_path / "store" / "sql"
+    key = Secret(KEY, "the owner")
+    identity = AdapterIdentity("sql", None)
+    pack_adapter(given, str(there), identity, access=Access(), key=key, signer=owner.signer)
+    settings = environ(tmp_path, owner) | {"TENSORSERVE_ADAPTERS_URI": str(there.parent)}
+    base = BaseModel(frozenset({"served"}), 8)
+    source = AdapterSource(Settings.from_environment(settings), base, tmp_path / "found")
+    source.hold(source.find("sql")).release()
+    change_weights(there / "adapter_model.tensors", "base_model.model.a.lora_A.weight")
+    with pytest.raises(AdapterRefused, match="lora_A") as caught:
+        source.hold(source.find("sql"))
+    assert caught.value.reason == "corrupt"

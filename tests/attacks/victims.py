@@ -41,6 +41,15 @@ def make_source(directory: Path, seed: int = 1) -> Path:
     return directory
 
 
+def make_adapter(directory: Path, value: float) -> Path:
+    """As PEFT saves one."""
+    directory.mkdir()
+    content = {"base_model.model.a.lora_A.weight": torch.full((4, 16), value)}
+    save_file(content, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    return directory
+
+
 def make_bundle(directory: Path, seed: int = 1, key: bytes | None = KEY, **options: Any) -> Path:
     """A packed bundle `directory`/bundle."""
     source = make_source(directory / "source", seed)

@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from fronts import Front, Seen
 from lora_adapter import make_adapter
+from model_signers import Pair, make_pair
 from s3_clients import s3_client
 from tensorserve.cli import main as tensorserve
 
 PROMPTS = STOCK_PROMPTS[:2]
 BUCKET = "adapters19"
-FILES = ("manifest.json", "adapter_config.json", "adapter_model.tensors")
+FILES = ("model.sig", "manifest.json", "adapter_config.json", "adapter_model.tensors")
 TTL = 3
 # A starved machine: what is waited for takes part of a second.
 SECONDS = 120.0
@@ -42,12 +43,15 @@ class Served:
     model: Path
     bundle: Path
     key_file: Path
+    owner: Pair
     work: Path
     opened: threading.Event = field(default_factory=threading.Event)
     """Set: what the store says of the adapter `slow` is passed on."""
 
-    def pack(self, name: str, adapter: Path, *options: str) -> None:
-        """As a user would, with the key of the model."""
+    def pack(self, name: str, adapter: Path, *options: str, signed: bool = True) -> None:
+        """As a user would, with the key of the model, and the signature that is asked for."""
+        if signed:
+            options += ("--sign-key", str(self.owner.private))
         with pytest.MonkeyPatch.context() as patch:
             for variable, value in self.s3.environment.items():
                 patch.setenv(variable, value)
@@ -88,8 +92,9 @@ def served(
     """The model from a disk, its adapters from the bucket."""
     work = tmp_path_factory.mktemp("adapters")
     bundle, key_file = work / "bundle", work / "key"
+    owner = make_pair(work)
     words = ["pack", str(model_dir), str(bundle), "--encrypt", "--key-file", str(key_file)]
-    assert tensorserve(words) == 0
+    assert tensorserve([*words, "--sign-key", str(owner.private)]) == 0
     s3.make_bucket(BUCKET)
     opened = threading.Event()
 
@@ -102,14 +107,15 @@ def served(
             "AWS_ENDPOINT_URL_S3": front.url,
             "TENSORSERVE_MODEL_URI": str(bundle),
             "TENSORSERVE_KEY_FILE": str(key_file),
+            "TENSORSERVE_SIGNATURE_KEY_FILE": str(owner.public),
             "TENSORSERVE_ADAPTERS_URI": f"s3://{BUCKET}/adapters",
-            "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,broken,other,renamed,strange,gone",
+            "TENSORSERVE_ADAPTERS_ALLOW": "sql,tone.*,slow,b*n,other,renamed,*signed,strange,gone",
             "TENSORSERVE_ADAPTERS_TTL": str(TTL),
             # Two adapters take all slots: engine/cpu_lora.py.
             "TENSORSERVE_VLLM_MAX_LORAS": "2",
         }
         engine = Tensorserve(work, environ)
-        found = Served(engine, front, s3, model_dir, bundle, key_file, work, opened)
+        found = Served(engine, front, s3, model_dir, bundle, key_file, owner, work, opened)
         for number, name in enumerate(("sql", "tone.v2", "slow")):
             found.pack(
                 name, make_adapter(work / name, model_dir, rank=8 * (number + 1), seed=number)
@@ -145,7 +151,7 @@ def test_two_adapters_answer_under_concurrent_requests(served: Served) -> None:
     listed = {model["id"]: model["parent"] for model in json.loads(body)["data"]}
     assert listed == {"model": None, "sql": "model", "tone.v2": "model"}
     for name in ("sql", "tone.v2"):
-        assert served.asked_for(f"{name}") >= 3, "manifest, configuration, weights"
+        assert served.asked_for(name) >= 4, "signature, manifest, configuration, weights"
 
 
 def test_names_that_leave_the_prefix_never_reach_the_store(served: Served) -> None:
@@ -172,7 +178,7 @@ def test_names_that_leave_the_prefix_never_reach_the_store(served: Served) -> No
 
 
 def test_what_cannot_be_served_is_refused_with_a_reason(served: Served) -> None:
-    """A damaged one, one of another model, one that stands under another's name."""
+    """Damaged, of another model, under another's name, signed by nobody."""
     served.pack("broken", served.work / "sql", "--overwrite")
     client = s3_client(served.s3)
     key = "adapters/broken/adapter_model.tensors"
@@ -196,6 +202,11 @@ def test_what_cannot_be_served_is_refused_with_a_reason(served: Served) -> None:
     status, message = served.ask("renamed")
     assert (status, "damaged, or not authentic" in message) == (400, True), message
     served.engine.wait_for(lambda: "is the adapter sql" in served.engine.text, SECONDS)
+
+    served.pack("unsigned", served.work / "sql", signed=False)
+    status, message = served.ask("unsigned")
+    assert (status, "not authentic" in message) == (400, True), message
+    served.engine.wait_for(lambda: "is not signed" in served.engine.text, SECONDS)
 
 
 def test_one_that_vllm_itself_refuses_does_no_harm(served: Served) -> None:
@@ -282,7 +293,14 @@ def test_the_metrics_have_counted_all_of_it(served: Served) -> None:
     def counted() -> bool:
         failures = {
             reason: engine.metric("tensorserve_adapter_failures_total", reason=reason) or 0
-            for reason in ("name", "not_allowed", "corrupt", "other_model", "not_found")
+            for reason in (
+                "name",
+                "not_allowed",
+                "corrupt",
+                "signature",
+                "other_model",
+                "not_found",
+            )
         }
         return all(failures.values()) and bool(
             engine.metric("tensorserve_adapter_ends_total", reason="removed")

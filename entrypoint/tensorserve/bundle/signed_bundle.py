@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tensorserve import sources
 from tensorserve.bundle.download import MAX_TOTAL_BYTES
 from tensorserve.bundle.file_digest import digest_of
+from tensorserve.bundle.keys import ModelKey
 from tensorserve.bundle.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -36,11 +37,14 @@ class ManifestChangedError(SignatureError):
     """manifest.json is not the one that was signed."""
 
 
-def check_manifest(signature: ModelSignature, bundle_uri: str, access: Access) -> Manifest:
+def check_manifest(
+    signature: ModelSignature, bundle_uri: str, access: Access, key: ModelKey | None = None
+) -> Manifest:
     """manifest.json, which has to be the signed one, byte for byte.
 
-    Its MAC is not compared: that needs the key. Raises ManifestChangedError, CorruptError and
-    ConfigurationError for a signed manifest that cannot be used, and the sources' errors.
+    It counts as pinned. Its MAC is compared after that, and only with a `key`. Raises
+    ManifestChangedError, CorruptError and ConfigurationError for a signed manifest that cannot be
+    used, and the errors of the sources and of the key.
     """
     name = redact_uri(sources.join(bundle_uri, MANIFEST))
     try:
@@ -61,7 +65,7 @@ def check_manifest(signature: ModelSignature, bundle_uri: str, access: Access) -
             hint="If its recipients were changed, sign it again: `tensorserve sign URI --sign-key "
             "KEY`. If nobody of yours has changed it, check who can write to this storage.",
         )
-    return parse_manifest(data, name)
+    return parse_manifest(data, name, key, pin=signature.manifest_sha256)
 
 
 def check_files(

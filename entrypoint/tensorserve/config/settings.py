@@ -5,7 +5,7 @@ All mistakes are reported together. The variables are listed in `variables`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -182,7 +182,7 @@ def _settings(reader: VariableReader) -> Settings:
         flags=flags,
         secret_flags=secret_flags,
         environment=child_environment(reader.environ, values["pass_env"]),
-        warnings=(*empty_guards(reader), *_unsigned_adapters(values)),
+        warnings=tuple(empty_guards(reader)),
     )
 
 
@@ -221,14 +221,4 @@ def _settle_deadlines(reader: VariableReader, values: dict[str, Any]) -> None:
             f"TENSORSERVE_FETCH_DEADLINE={fetch:g}: a start that waits for its source would be "
             "ended.",
             "Raise the first or lower the second.",
-        )
-
-
-def _unsigned_adapters(values: dict[str, Any]) -> Iterator[str]:
-    """A warning where only the model has to be signed."""
-    signature = values["signature_key"] or values["signature_certificates"]
-    if signature is not None and values["adapters_uri"] is not None:
-        yield (
-            "a signature is needed of the model, not of adapters: whoever has their key and can "
-            f"write to {_ADAPTERS_URI} can add some."
         )

@@ -54,14 +54,17 @@ def with_signature(settings: Given, bundle_uri: str) -> Given:
             f"TENSORSERVE_MANIFEST_SHA256 is {pin}: another bundle was signed.",
             hint="`tensorserve verify` prints the SHA-256 of a bundle's manifest.json.",
         )
-    # Tags bind only those who have no key; a signature is for those who have it and cannot sign.
-    verify = "hashes" if settings.verify == "auto" else settings.verify
     return replace(
-        settings,
-        manifest_sha256=signature.manifest_sha256,
-        signed_by=signature.by,
-        verify=verify,
+        with_digests(settings), manifest_sha256=signature.manifest_sha256, signed_by=signature.by
     )
+
+
+def with_digests(settings: Given) -> Given:
+    """`settings` for what is signed: digests are compared unless they ask for something else.
+
+    Tags bind only those who have no key; a signature is for those who have it and cannot sign.
+    """
+    return replace(settings, verify="hashes") if settings.verify == "auto" else settings
 
 
 def _read_signed(settings: SourceSettings, bundle_uri: str) -> ModelSignature:

@@ -177,7 +177,8 @@ VARIABLES: tuple[Variable, ...] = (
         "TENSORSERVE_SIGNATURE_KEY", "signature_key", parse.text, None,
         "The public half of `pack --sign-key` and `sign --sign-key`, or several of them: a bundle "
         "without a signature (`model.sig`) of one, or whose `manifest.json` is not what was "
-        "signed, is refused (65) before a key is asked for (docs/signatures.md).",
+        "signed, is refused (65) before a key is asked for (docs/signatures.md). So are adapters "
+        "that are found while serving.",
         "EC public keys in PEM", secret=True, shown_default="none: no signature is needed",
     ),
     Variable(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tensorserve.errors import ConfigurationError, UsageError
+from tensorserve.packing.options import add_sign_options, signer_of
 
 if TYPE_CHECKING:
     # Every command imports this file; only `pack-adapter` needs these modules.
@@ -48,6 +49,7 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="serve it only with the model that is served under NAME (TENSORSERVE_MODEL_NAME)",
     )
+    add_sign_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
 
@@ -67,6 +69,7 @@ def pack_adapter_as_asked(
     from tensorserve.packing.pack_adapter import identity_for, pack_adapter
 
     identity = identity_for(options.destination, options.base_model)
+    signer = signer_of(options)
     key, passphrase = _key(options, with_model_key)
     return pack_adapter(
         options.source,
@@ -75,6 +78,7 @@ def pack_adapter_as_asked(
         access=access_for(settings),
         key=key,
         passphrase=passphrase,
+        signer=signer,
         overwrite=options.overwrite,
         progress=progress,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tensorserve.bundle.adapter_identity import ADAPTER_NAME, AdapterIdentity, is_model_name
 from tensorserve.bundle.adapters import CONFIG, WEIGHTS, rank_of
-from tensorserve.bundle.manifest import KEY, MANIFEST, Manifest, manifest_line
+from tensorserve.bundle.manifest import KEY, MANIFEST, SIGNATURE, Manifest, manifest_line
 from tensorserve.errors import UsageError
 from tensorserve.format import fresh_password_hash
 from tensorserve.packing.bundle_files import (
@@ -28,6 +28,7 @@ from tensorserve.packing.bundle_files import (
 )
 from tensorserve.packing.destination import open_destination
 from tensorserve.packing.lora import read_adapter
+from tensorserve.packing.model_signer import ModelSigner
 from tensorserve.packing.pack import refuse_inside
 from tensorserve.packing.small_files import describe_left_out
 from tensorserve.packing.tensor_source import from_checkpoint
@@ -48,6 +49,7 @@ class PackedAdapter:
     left_out: dict[str, str]  # relative name → reason
     key_origin: str | None  # None if not encrypted
     manifest_sha256: str
+    signed_by: str | None
     seconds: float
 
     def __str__(self) -> str:
@@ -61,6 +63,7 @@ class PackedAdapter:
                 f"  for {'any model that it fits' if base is None else base}",
                 *(f"  left out: {line}" for line in describe_left_out(self.left_out)),
                 f"  {MANIFEST}: {manifest_line(self.manifest_sha256, authenticated_by)}",
+                *([f"  {SIGNATURE}: signed by {self.signed_by}"] if self.signed_by else []),
                 f"  in {self.seconds:.1f} s",
             ]
         )
@@ -91,6 +94,7 @@ def pack_adapter(
     access: Access,
     key: Secret | None = None,
     passphrase: Secret | None = None,
+    signer: ModelSigner | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -98,7 +102,8 @@ def pack_adapter(
     """Packs `src`, the directory that PEFT's save_pretrained() wrote, into a bundle at `dest`.
 
     With a key or a passphrase (not both) its tensors are encrypted and its manifest is
-    authenticated; the manifest has its `identity` in either case. `overwrite` allows `dest` to hold
+    authenticated; the manifest has its `identity` in either case. `signer` signs all files.
+    `overwrite` allows `dest` to hold
     a bundle, which is replaced. On any error, KeyboardInterrupt included, the written files are
     removed.
 
@@ -114,14 +119,19 @@ def pack_adapter(
     needed = file.plan.index.size + SPARE_BYTES
     with open_destination(dest, access, overwrite=overwrite, needed=needed) as destination:
         count = ByteCount(file.plan.index.data_bytes, progress)
-        tensors = write_tensors(destination, file, opened_by, count, threads)
+        signed: dict[str, str] | None = None if signer is None else {}
+        tensors = write_tensors(destination, file, opened_by, count, threads, signed)
+        small = (copy_file(destination, adapter, CONFIG, adapter.files[CONFIG], CONFIG),)
         manifest = Manifest(
-            files=(copy_file(destination, adapter, CONFIG, adapter.files[CONFIG], CONFIG),),
+            files=small,
             tensors_files={WEIGHTS: tensors},
             encryption=encryption_of(opened_by),
             made_by={"tensorserve": __version__},
             adapter=identity,
         ).to_json(opened_by, derivation)
+        if signer is not None and signed is not None:
+            signature = signer.sign_bundle(signed, small, manifest, dest)
+            write_small(destination, SIGNATURE, signature)
         written = write_small(destination, MANIFEST, manifest)
     return PackedAdapter(
         destination=redact_uri(dest),
@@ -132,5 +142,6 @@ def pack_adapter(
         left_out=adapter.left_out,
         key_origin=opened_by.origin if opened_by else None,
         manifest_sha256=written.sha256,
+        signed_by=None if signer is None else str(signer.by),
         seconds=time.monotonic() - started,
     )

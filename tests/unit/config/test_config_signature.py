@@ -168,19 +168,6 @@ def test_mistakes_are_found_before_anything_is_read(tmp_path: Path, pair: Pair) 
     assert "needs no signature" in settings(signature_key="").warnings[0]
 
 
-def test_adapters_without_a_signature_are_told_of(pair: Pair) -> None:
-    """The setting sounds as if it were of all that is served."""
-    environ = {
-        "TENSORSERVE_MODEL_URI": "s3://b/m",
-        "TENSORSERVE_SIGNATURE_KEY": pair.public.read_text(),
-    }
-    assert Settings.from_environment(environ).warnings == ()
-    (warning,) = Settings.from_environment(
-        environ | {"TENSORSERVE_ADAPTERS_URI": "s3://b/adapters"}
-    ).warnings
-    assert "not of adapters" in warning
-
-
 def test_the_plan_says_whose_signature(pair: Pair) -> None:
     """Without looking at the bundle."""
     root = Authority("the root")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_signers import Pair, make_pair
 from rangeserver import Fault, RangeServer
 from tensorserve.bundle.adapter_fit import BaseModel
 from tensorserve.cli import main as tensorserve
@@ -21,7 +22,8 @@ from tensorserve.engine.adapters.source import AdapterSource
 
 MODULE = "model.layers.0.self_attn.q_proj"
 KEY, OTHER_KEY = "11" * 32, "22" * 32
-WEIGHTS, CONFIG, MANIFEST = "adapter_model.tensors", "adapter_config.json", "manifest.json"
+WEIGHTS, CONFIG = "adapter_model.tensors", "adapter_config.json"
+MANIFEST, SIGNATURE = "manifest.json", "model.sig"
 
 
 def make_adapter(directory: Path, *, rank: int = 4, into: int = 16, value: float = 1.0) -> Path:
@@ -221,6 +223,72 @@ def test_what_is_not_as_it_was_packed_is_refused(
     assert found.reason == reason, found.message
     assert list((place.tmp_path / "found").iterdir()) == []
     assert str(place.tmp_path) not in found.said
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Pair:
+    """Whose signature the server asks for."""
+    return make_pair(tmp_path, "owner")
+
+
+@pytest.mark.parametrize("key", [KEY, None], ids=["encrypted", "plain"])
+@pytest.mark.parametrize("verify", ["auto", "manifest"])
+def test_a_signed_one_is_served(place: Place, owner: Pair, key: str | None, verify: str) -> None:
+    """Where the model has to be signed, adapters have to be."""
+    place.pack("sql", "--sign-key", str(owner.private), key=key)
+    given = {"TENSORSERVE_VERIFY": verify, "TENSORSERVE_KEY": key or ""}
+    source = place.source(TENSORSERVE_SIGNATURE_KEY_FILE=str(owner.public), **given)
+    source.hold(source.find("sql")).release()
+
+
+def unsigned(place: Place, _: Pair) -> None:
+    (place.store / "sql" / SIGNATURE).unlink()
+
+
+def by_another(place: Place, _: Pair) -> None:
+    words = ["sign", str(place.store / "sql"), "--sign-key"]
+    assert tensorserve([*words, str(make_pair(place.tmp_path, "other").private)]) == 0
+
+
+def packed_by_who_has_the_key(place: Place, _: Pair) -> None:
+    """With the signature of what was there."""
+    signature = (place.store / "sql" / SIGNATURE).read_bytes()
+    shutil.rmtree(place.tmp_path / "of-sql")
+    place.pack("sql", "--overwrite", value=2.0)
+    (place.store / "sql" / SIGNATURE).write_bytes(signature)
+
+
+def signed_for_another_name(place: Place, owner: Pair) -> None:
+    place.pack("rude", "--sign-key", str(owner.private))
+    shutil.copy(place.store / "rude" / SIGNATURE, place.store / "sql" / SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    "change", [unsigned, by_another, packed_by_who_has_the_key, signed_for_another_name]
+)
+def test_what_is_not_signed_is_refused(
+    place: Place,
+    owner: Pair,
+    change: Callable[[Place, Pair], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before its key is used; nothing of it stays."""
+    monkeypatch.setenv("TENSORSERVE_KEY", KEY)
+    place.pack("sql", "--sign-key", str(owner.private))
+    change(place, owner)
+    for key in (KEY, OTHER_KEY):
+        given = {"TENSORSERVE_SIGNATURE_KEY_FILE": str(owner.public), "TENSORSERVE_KEY": key}
+        found = refusal(place.source(**given), "sql")
+        assert (found.reason, found.status) == ("signature", 400), found.message
+        assert str(place.tmp_path) not in found.said
+    assert list((place.tmp_path / "found").iterdir()) == []
+
+
+def test_one_that_is_not_there_is_no_refusal(place: Place, owner: Pair) -> None:
+    """404, as without signatures."""
+    place.store.mkdir()
+    source = place.source(TENSORSERVE_SIGNATURE_KEY_FILE=str(owner.public))
+    assert refusal(source, "sql").status == 404
 
 
 def test_an_encrypted_one_without_a_key_is_refused(place: Place) -> None:

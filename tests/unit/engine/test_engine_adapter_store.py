@@ -22,7 +22,12 @@ from tensorserve.engine.adapters.refusal import AdapterRefused, refused
 from tensorserve.engine.adapters.refused_names import REFUSED_SECONDS
 from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.store import AdapterStore
-from tensorserve.errors import CorruptError, SourceUnavailableError, TensorserveError
+from tensorserve.errors import (
+    CorruptError,
+    SignatureError,
+    SourceUnavailableError,
+    TensorserveError,
+)
 from tensorserve.launch.adapter_store import Found
 from tensorserve.sources import NotFoundError
 from tensorserve.telemetry.schema import AdaptersCounted, Event
@@ -442,16 +447,19 @@ def test_a_new_version_waits_for_the_requests_of_the_old_one(shelf: Shelf) -> No
     run(work())
 
 
-def test_one_that_is_being_replaced_is_fetched_again(shelf: Shelf) -> None:
+@pytest.mark.parametrize("error", [CorruptError, SignatureError])
+def test_one_that_is_being_replaced_is_fetched_again(
+    shelf: Shelf, error: type[TensorserveError]
+) -> None:
     """Its weights are there before its manifest. One that stays damaged is refused."""
 
     async def work() -> None:
         world = World(shelf)
-        shelf.damaged = [CorruptError("not as in the manifest")]
+        shelf.damaged = [error("not as in the manifest")]
         assert (await world.store.resolve("a")).name == "a"
         assert shelf.asked["a"] == 2
-        shelf.damaged = [CorruptError("damaged")] * 2
-        assert (await refusal(world, "b")).reason == "corrupt"
+        shelf.damaged = [error("damaged")] * 2
+        assert (await refusal(world, "b")).reason == error.reason
 
     run(work())
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model_signers import make_pair
 from rangeserver import RangeServer
 from tensorserve.cli import main as tensorserve
 from tensorserve.config.settings import Settings
@@ -51,6 +52,20 @@ def test_those_that_would_be_refused_are_named(store: Path) -> None:
     assert found[0].found == f"2 of 3 at {store}: plain, sql, tone"
     assert len(found[1]) == 1
     assert "adapter plain would be refused" in found[1][0]
+
+
+def test_one_without_a_signature_is_named(store: Path, tmp_path: Path) -> None:
+    """Where the model has to be signed."""
+    pair = make_pair(tmp_path)
+    words = ["sign", str(store / "tone"), "--sign-key", str(pair.private)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSERVE_KEY", KEY)
+        assert tensorserve(words) == 0
+    found = check_adapters(settings(str(store), TENSORSERVE_SIGNATURE_KEY_FILE=str(pair.public)))
+    assert found is not None
+    assert found[0].found.startswith("1 of 3")
+    assert [warning.split()[1] for warning in found[1]] == ["plain", "sql"]
+    assert all("is not signed" in warning for warning in found[1])
 
 
 def test_a_wrong_key_is_noticed(store: Path) -> None:

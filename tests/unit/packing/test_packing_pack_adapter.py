@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model_signers import make_pair, verify_key
 from tensorserve.bundle.adapter_identity import AdapterIdentity
 from tensorserve.bundle.keys import parse_key
 from tensorserve.bundle.manifest import KEY as BY_KEY
@@ -177,3 +178,18 @@ def test_a_manifest_with_another_identity_is_no_manifest(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": member}))
     assert tensorserve(["verify", str(tmp_path / "sql")]) == 65
     assert "is not a manifest" in capsys.readouterr().err
+
+
+def test_it_is_signed_as_a_bundle_is(
+    tmp_path: Path, adapter: Path, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenSSF's own command verifies it; one that is packed again without has no signature."""
+    pair, there = make_pair(tmp_path), tmp_path / "store" / "sql"
+    words = ["pack-adapter", str(adapter), str(there), "--encrypt", "--key-file", str(key_file)]
+    assert tensorserve([*words, "--sign-key", str(pair.private)]) == 0
+    assert f"model.sig: signed by {pair.signer.by}" in capsys.readouterr().out
+    assert verify_key(there, pair.public)[0] == 0
+    (there / "adapter_config.json").write_text("{}")
+    assert verify_key(there, pair.public)[0] != 0
+    assert tensorserve([*words, "--overwrite"]) == 0
+    assert not (there / "model.sig").exists()

@@ -28,6 +28,7 @@ from tensorserve.bundle.manifest import MANIFEST
 from tensorserve.bundle.stand_ins import shapes_in
 from tensorserve.config.access import adapters_key_for
 from tensorserve.config.settings import Settings
+from tensorserve.config.signature import trust_for, with_digests
 from tensorserve.engine.adapters.refusal import (
     UNUSABLE,
     AdapterRefused,
@@ -65,7 +66,7 @@ class AdapterSource:
         """`directory`: emptied, and made the place of what vLLM reads."""
         assert settings.adapters_uri is not None
         self._uri = settings.adapters_uri
-        self._settings = settings
+        self._settings = settings if trust_for(settings) is None else with_digests(settings)
         self._base = base
         self._directory = directory
         self._access = store_access(settings)

@@ -41,7 +41,7 @@ from tensorserve.engine.adapters.refusal import (
 from tensorserve.engine.adapters.refused_names import RefusedNames
 from tensorserve.engine.adapters.source import Held
 from tensorserve.engine.adapters.threads import in_thread
-from tensorserve.errors import CorruptError
+from tensorserve.errors import CorruptError, SignatureError
 from tensorserve.launch.adapter_store import Found
 
 Result = TypeVar("Result")
@@ -215,7 +215,7 @@ class AdapterStore:
         try:
             return await self._load_once(name)
         except AdapterRefused as refused:
-            if refused.reason != CorruptError.reason:
+            if refused.reason not in {CorruptError.reason, SignatureError.reason}:
                 raise
         # Perhaps somebody is replacing it: its weights are there before its manifest.
         await asyncio.sleep(self._replacing)
