@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorserve.commands.terminal import note, warn
+from tensorserve.commands.terminal import warn
 from tensorserve.config.tidying import has_controls, tidied
 from tensorserve.errors import ConfigurationError
 
@@ -52,7 +52,7 @@ def run_check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     def report(passed: Passed) -> None:
         print(f"ok  {passed.name:16} {passed.found}", flush=True)
 
-    checked = run_checks(settings, plan, report, note)
+    checked = run_checks(settings, plan, report)
     for passed in check_files(checked.settings, plan, checked):
         report(passed)
     if (found := check_adapters(checked.settings)) is not None:
