@@ -40,7 +40,7 @@ class Verification:
 def verification_of(
     wish: str, manifest: Manifest | None, name: str, *, encrypted: bool, pinned: bool
 ) -> Verification:
-    """The verification of file `name` in the bundle with `manifest`; `wish` is one of the four above.
+    """The verification of file `name` in the bundle with `manifest`. `wish` is TENSORSERVE_VERIFY.
 
     An authenticated manifest is used whatever `wish` is. `pinned`: the source can name a version
     of the file, so that all reads are of one version. Without it, a mixture of versions is found

@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from tensorserve.config.adapter_flags import MIDDLEWARE
-from tensorserve.config.launch_plan import API_KEY_MIDDLEWARE
-from tensorserve.config.launch_plan import LaunchPlan, describe, make_plan, with_adapters
+from tensorserve.config.launch_plan import (
+    API_KEY_MIDDLEWARE,
+    LaunchPlan,
+    describe,
+    make_plan,
+    with_adapters,
+)
 from tensorserve.config.settings import Settings
 from tensorserve.errors import ConfigurationError
 
