@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 
@@ -27,6 +28,7 @@ class UrllibTransport:
     """See `Transport`."""
 
     name = "urllib3"
+    library = f"urllib3 {urllib3.__version__} with {' '.join(ssl.OPENSSL_VERSION.split()[:2])}"
     counts = False
 
     def __init__(self, access: Access, ca_bundle: str | None, rule: ProxyRule, source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import threading
@@ -387,6 +388,8 @@ def test_a_source_says_what_brings_its_bytes(
     server.faults = [Fault("reset", after=100_000)]
     source = open_source(f"{server.url}/m", Access(policy=RetryPolicy(backoff_base=0.01)))
     assert source.transport == way
+    # Those of TLS too: where several are installed, or LD_LIBRARY_PATH names one, it tells which.
+    assert re.fullmatch(rf"{way} \d[\d.]+ with OpenSSL 3\.[\d.]+", source.library)
     assert source.read(1, len(DATA) - 1) == DATA[1:]
     assert server.fired["reset"] == 1
     source.close()
