@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
+from importlib.metadata import version
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -28,11 +29,12 @@ class UrllibTransport:
     """See `Transport`."""
 
     name = "urllib3"
-    library = f"urllib3 {urllib3.__version__} with {' '.join(ssl.OPENSSL_VERSION.split()[:2])}"
     counts = False
 
     def __init__(self, access: Access, ca_bundle: str | None, rule: ProxyRule, source: str) -> None:
         """`source`: the source's name, for messages."""
+        openssl = " ".join(ssl.OPENSSL_VERSION.split()[:2])
+        self.library = f"urllib3 {version('urllib3')} with {openssl}"
         self._policy = access.policy
         self._pools = Pools(access, ca_bundle, rule)
         self._source = source

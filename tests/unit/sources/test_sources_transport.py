@@ -20,6 +20,7 @@ from rangeserver import Fault, RangeServer
 from tensorserve.errors import ConfigurationError, SourceUnavailableError
 from tensorserve.sources import Access, RetryPolicy, open_source
 from tensorserve.sources.curl import curl
+from tensorserve.sources.curl_errors import as_told
 from tensorserve.sources.curl_transport import CurlTransport
 from tensorserve.sources.proxies import ProxyRule
 from tensorserve.sources.retry import TryAgain
@@ -345,6 +346,22 @@ def test_a_private_ca_is_not_trusted_where_it_is_not(make: Make, ca: PrivateCA) 
         with pytest.raises(SourceUnavailableError, match="IP address mismatch"):
             make(str(ca.bundle)).get(Read(0, 9).of(f"{server.url}/m"))
         assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "SSL certificate problem: certificate has expired",  # libcurl 7
+        "SSL certificate OpenSSL verify result: certificate has expired (10)",  # libcurl 8
+    ],
+)
+def test_a_refused_certificate_is_said_in_known_words(told: str) -> None:
+    """Those of Python's ssl, whichever libcurl is here."""
+    with pytest.raises(SourceUnavailableError) as raised:
+        as_told(60, told, "a.example", "the source")
+    assert raised.value.message == (
+        "the source: TLS with a.example failed: certificate verify failed: certificate has expired."
+    )
 
 
 def test_a_bundle_that_is_none_is_said(make: Make, tmp_path: Path) -> None:
