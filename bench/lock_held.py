@@ -64,7 +64,11 @@ def main() -> int:
 def run(options: argparse.Namespace) -> int:
     """All places, kinds and ways."""
     model = ensure_model(options.size)
-    ways = [Way("libcurl", ROOT, "c"), Way("urllib3", ROOT, "urllib3")]
+    ways = [
+        Way("libcurl", ROOT, "c"),
+        Way("libcurl, fetching ahead", ROOT, "prefetch"),
+        Way("urllib3", ROOT, "urllib3"),
+    ]
     if options.libraries is not None:
         ways.append(Way("libcurl of --libraries", ROOT, "c", options.libraries.resolve()))
     if options.base is not None:

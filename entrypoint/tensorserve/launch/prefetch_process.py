@@ -121,7 +121,8 @@ def _fetch(
     try:
         source = sources.open_source(shard.uri, access_for(settings), progress)
         if shared.fits(source):
-            Prefetcher(source, shared, budget, progress).run(report)
+            connections = settings.fetch_connections
+            Prefetcher(source, shared, budget, progress, connections).run(report)
             last = 0.0
             report()
     finally:

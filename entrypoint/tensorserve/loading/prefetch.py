@@ -27,8 +27,14 @@ class Prefetcher:
     """Fills `cache` from `source`, in file order, with at most `budget` bytes not yet needed."""
 
     def __init__(
-        self, source: Source, cache: BlockCache, budget: int, progress: LoadProgress
+        self,
+        source: Source,
+        cache: BlockCache,
+        budget: int,
+        progress: LoadProgress,
+        connections: int | None = None,
     ) -> None:
+        """`connections`: None for as many as help."""
         self._source = source
         self._cache = cache
         self._budget = max(1, budget // BLOCK_BYTES)
@@ -41,8 +47,8 @@ class Prefetcher:
         self._ended = threading.Event()
         processors = os.sched_getaffinity(0)
         self._concurrency = Concurrency(
-            prefetch_start(len(processors)),
-            DEFAULTS.most_connections,
+            connections or prefetch_start(len(processors)),
+            connections or DEFAULTS.most_connections,
             progress.received_bytes,
             idle=CpuIdle(processors),
         )

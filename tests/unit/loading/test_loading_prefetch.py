@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,3 +290,32 @@ def test_memory_of_another_version_is_not_used(encrypted: bytes) -> None:
     assert BlockCache.create(source.size, "v1", ranks=1).fits(source)
     assert not BlockCache.create(source.size, "v2", ranks=1).fits(source)
     assert not BlockCache.create(source.size + 1, "v1", ranks=1).fits(source)
+
+
+class BusySource(CountedSource):
+    """Counts how many read at once; each read takes a moment."""
+
+    most = now = 0
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.05)
+        super().read_into(offset, buffer)
+        with self._lock:
+            self.now -= 1
+
+
+@pytest.mark.parametrize("connections", [1, 3, None])
+def test_as_many_connections_as_the_user_says(encrypted: bytes, connections: int | None) -> None:
+    """TENSORSERVE_FETCH_CONNECTIONS is for fetching ahead as well."""
+    source = BusySource(encrypted)
+    shared = BlockCache.create(source.size, source.version, 1)
+    fetcher = Prefetcher(source, shared.reopen(), 64 * MIB, LoadProgress(), connections)
+    thread = threading.Thread(target=fetcher.run)
+    thread.start()
+    wait_for(lambda: all(is_there(shared, block) for block in range(shared.blocks)))
+    shared.stop()
+    thread.join(10)
+    assert source.most == connections if connections else source.most >= 2
