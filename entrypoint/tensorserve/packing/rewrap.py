@@ -29,7 +29,7 @@ from tensorserve.bundle.signature_trust import Trust
 from tensorserve.bundle.signed_bundle import check_manifest
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.packing.destination import refuse_unwritable, replace_version, version_of
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.packing.recipients import without, wrapped_for
 from tensorserve.packing.sign import refuse_signed
 from tensorserve.secret import Secret, redact_uri
@@ -72,7 +72,7 @@ def rewrap(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     pin: str | None = None,
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
     trust: Trust | None = None,
 ) -> Rewrapped:
     """Wraps the `key` of the bundle at `uri` for `add`, and takes `remove` out of its manifest.
