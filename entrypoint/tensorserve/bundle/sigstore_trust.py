@@ -30,10 +30,6 @@ class TrustedIdentity:
 
         self._identity = identity
         self._issuer = issuer
-        # Each of them raises where there is none: a root that nothing can be verified with is a
-        # mistake of who starts the server, not a bundle's.
-        root.rekor_keyring(_purpose())
-        root.ct_keyring(_purpose())
         self._verifier = Verifier(trusted_root=root)
         self.origin = origin
 
@@ -53,7 +49,7 @@ class TrustedIdentity:
         # A library with many layers (pydantic, cryptography) that raise their own.
         except Exception as error:  # noqa: BLE001
             raise ConfigurationError(
-                f"{root.origin} is not Sigstore's trust root, with authorities and both kinds of "
+                f"{root.origin} is not Sigstore's trust root, with authorities and "
                 f"logs ({said(error)}).",
                 hint="It is the file trusted_root.json; docs/signatures.md says where it comes "
                 "from.",
@@ -99,9 +95,3 @@ def said(error: Exception) -> str:
     """What `error` says, on one line, without control characters and of bounded length."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
-
-
-def _purpose() -> Any:
-    from sigstore._internal.trust import KeyringPurpose
-
-    return KeyringPurpose.VERIFY
