@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -22,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from http_server import Handler, HttpServer
 from model_signers import NO_USAGE
+from tensorserve.packing.keyless_signer import KeylessSigner
 
 ISSUER = "https://issuer.example"
 _START = "2020-01-01T00:00:00Z"
@@ -30,7 +32,7 @@ _OIDC_ISSUER = x509.ObjectIdentifier("1.3.6.1.4.1.57264.1.1")
 _MINUTE = datetime.timedelta(minutes=1)
 
 
-def token(identity: str = "releases@example.org", minutes: int = 5) -> str:
+def token(identity: str, minutes: int = 5) -> str:
     """An OIDC token of `identity`; negative: it has expired."""
     now = datetime.datetime.now(datetime.UTC)
     claims = {"iss": ISSUER, "aud": "sigstore", "sub": identity}
@@ -64,6 +66,12 @@ class _Key:
 
 
 class _Answers(Handler):
+    def do_GET(self) -> None:
+        """What model_signing asks the issuer before it looks at its token."""
+        assert self.path == "/.well-known/openid-configuration"
+        ends = {"authorization_endpoint": self.owner.url, "token_endpoint": self.owner.url}
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(ends).encode())
+
     def do_POST(self) -> None:
         asked = json.loads(self.body())
         if self.path == "/api/v2/signingCert":
@@ -77,6 +85,8 @@ class _Answers(Handler):
 
 class Sigstore(HttpServer):
     """Both services at one address."""
+
+    identity = "releases@example.org"
 
     def __init__(self) -> None:
         super().__init__(_Answers)
@@ -164,6 +174,21 @@ class Sigstore(HttpServer):
         }
         verification = {"inclusionProof": proof, "signedEntryTimestamp": _text(promise)}
         return {"an id": entry | {"verification": verification}}
+
+    def signer(self, directory: Path, identity: str = identity) -> KeylessSigner:
+        """Who signs with a new token of `identity`; writes both files to `directory`."""
+        (directory / "token").write_text(token(identity))
+        (directory / "config.json").write_text(self.trust_config)
+        return KeylessSigner.read(str(directory / "token"), directory / "config.json")
+
+    def settings(self, directory: Path) -> dict[str, str]:
+        """Of a server that asks for a signature of `identity`."""
+        (directory / "root.json").write_text(self.trust_root)
+        return {
+            "TENSORSERVE_SIGNATURE_IDENTITY": self.identity,
+            "TENSORSERVE_SIGNATURE_ISSUER": ISSUER,
+            "TENSORSERVE_SIGNATURE_TRUST_ROOT_FILE": str(directory / "root.json"),
+        }
 
     @property
     def trust_root(self) -> str:
