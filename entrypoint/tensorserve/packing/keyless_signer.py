@@ -101,7 +101,7 @@ class KeylessSigner(BundleSigner):
                 hint="Does its authority accept the token (its issuer and audience), and can both "
                 "services be reached from here?",
             ) from None
-        made = bundle.to_json().encode()
+        made: bytes = bundle.to_json().encode()
         identity, issuer = _signer_of(bundle.signing_certificate)
         self._trust = TrustedIdentity(
             identity, issuer, self._config.trusted_root, "--sign-identity-token"

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ def entry(document: Any) -> Any:
     return document["verificationMaterial"]["tlogEntries"][0]
 
 
+def proof(pair: Any) -> Any:
+    return entry(pair[0])["inclusionProof"]
+
+
 def of_another(part: str) -> Changed:
     """Take `part` from a second signature of the same signer over other files."""
     return lambda pair: pair[0].update({part: pair[1][part]})
@@ -112,16 +117,16 @@ CHANGES: dict[str, tuple[Changed, str]] = {
         "DSSE: invalid signature",
     ),
     "another time": (
-        lambda pair: entry(pair[0]).update(integratedTime=str(int(entry(pair[0])["integratedTime"]) + 9)),
+        lambda pair: entry(pair[0]).update(integratedTime=str(int(time.time()) - 9)),
         "invalid log entry: SET",
     ),
     "another root of the log": (
-        lambda pair: entry(pair[0])["inclusionProof"].update(rootHash=base64.b64encode(bytes(32)).decode()),
+        lambda pair: proof(pair).update(rootHash=base64.b64encode(bytes(32)).decode()),
         "invalid log entry: inclusion proof",
     ),
     "another checkpoint": (
-        lambda pair: entry(pair[0])["inclusionProof"]["checkpoint"].update(
-            envelope=entry(pair[0])["inclusionProof"]["checkpoint"]["envelope"].replace("a log", "A log")
+        lambda pair: proof(pair)["checkpoint"].update(
+            envelope=proof(pair)["checkpoint"]["envelope"].replace("a log", "A log")
         ),
         "invalid log entry: checkpoint",
     ),
@@ -130,7 +135,7 @@ CHANGES: dict[str, tuple[Changed, str]] = {
         lambda pair: pair[0]["verificationMaterial"].update(certificate={"rawBytes": "AAAA"}),
         "refuses it",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -151,9 +156,9 @@ def test_a_changed_signature_is_refused(tmp_path: Path, instance: Sigstore, chan
 def test_another_signer_is_refused(tmp_path: Path, instance: Sigstore) -> None:
     """Another identity, the same one of another issuer, and all of another Sigstore."""
     bundle = packed(tmp_path, instance.signer(tmp_path))
-    with pytest.raises(SignatureError, match="do not match boss@example.org"):
+    with pytest.raises(SignatureError, match="do not match boss@"):
         with_key(asking(instance, tmp_path, identity="boss@example.org"), str(bundle))
-    with pytest.raises(SignatureError, match=f"got '{ISSUER}', expected 'https://evil.example'"):
+    with pytest.raises(SignatureError, match=f"got '{ISSUER}', expected 'https://evil"):
         with_key(asking(instance, tmp_path, issuer="https://evil.example"), str(bundle))
     with Sigstore() as other, pytest.raises(SignatureError, match="of no authority in the trust"):
         with_key(asking(other, tmp_path), str(bundle))
@@ -190,7 +195,7 @@ def test_one_that_had_expired_is_refused(tmp_path: Path, instance: Sigstore) -> 
         (bundle / SIGNATURE).write_text(signer.sign_dsse(Statement(payload)).to_json())
     with pytest.raises(SignatureError, match="was not valid when it was signed"):
         instance.signer(tmp_path).sign({"manifest.json": "0" * 64}, "b")
-    with pytest.raises(SignatureError, match="was not valid when it was signed .*validation time"):
+    with pytest.raises(SignatureError, match=r"valid when it was signed .*validation time"):
         with_key(asking(instance, tmp_path), str(bundle))
 
 
