@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from safetensors.torch import save_file
 
+import bench.directories  # noqa: F401 - finds the demo's and the tests' modules
 from tensorserve.packing.model_signer import ModelSigner
 from tensorserve.packing.pack import pack
 from tensorserve.secret import Secret
