@@ -1,9 +1,10 @@
 """How long does a load hold the interpreter's lock, and what processor time does it take?
 
-    python -m bench.lock_held [--base ANOTHER_CHECKOUT]
+    python -m bench.lock_held [--base ANOTHER_CHECKOUT] [--libraries DIRECTORY]
 
 Of this checkout: C's data path (libcurl, span_table.c), and urllib3 in its place. With `--base`,
-another checkout's in turns, whose C is compiled: its own data path, and all of it in Python. Over
+another checkout's in turns, whose C is compiled: its own data path, and all of it in Python. With
+`--libraries`, this checkout's with that directory's libcurl.so.4, which brings its OpenSSL. Over
 HTTP and HTTPS, encrypted and plain; nginx serves.
 
 The lock's column is processor time: a thread that has the lock and waits for a processor does not
@@ -44,6 +45,8 @@ class Way:
     checkout: Path
     way: str
     """As lock_worker.py calls it."""
+    libraries: Path | None = None
+    """Where libcurl is looked for first."""
 
 
 def main() -> int:
@@ -53,6 +56,7 @@ def main() -> int:
     parser.add_argument("--places", nargs="+", default=["http", "https"])
     parser.add_argument("--kinds", nargs="+", default=["encrypted", "plain"])
     parser.add_argument("--base", type=Path, help="the root of another checkout")
+    parser.add_argument("--libraries", type=Path, help="a directory with another libcurl.so.4")
     options = parser.parse_args()
     return run_alone(lambda: run(options))
 
@@ -61,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     """All places, kinds and ways."""
     model = ensure_model(options.size)
     ways = [Way("libcurl", ROOT, "c"), Way("urllib3", ROOT, "urllib3")]
+    if options.libraries is not None:
+        ways.append(Way("libcurl of --libraries", ROOT, "c", options.libraries.resolve()))
     if options.base is not None:
         base = options.base.resolve()
         commit = results.commit(base)
@@ -118,7 +124,7 @@ def _measured(
             done = subprocess.run(
                 [sys.executable, "-P", lock_worker.__file__, json.dumps(asked)],
                 cwd=way.checkout,
-                env=_environment(way.checkout) | dict(place.environment) | meter,
+                env=_environment(way) | dict(place.environment) | meter,
                 stdout=subprocess.PIPE,
                 check=True,
                 text=True,
@@ -127,8 +133,10 @@ def _measured(
     return found
 
 
-def _environment(checkout: Path) -> dict[str, str]:
-    return clean_environment() | {"PYTHONPATH": f"{checkout / 'entrypoint'}:{checkout}"}
+def _environment(way: Way) -> dict[str, str]:
+    found = {} if way.libraries is None else {"LD_LIBRARY_PATH": str(way.libraries)}
+    packages = f"{way.checkout / 'entrypoint'}:{way.checkout}"
+    return clean_environment() | found | {"PYTHONPATH": packages}
 
 
 def _row(label: str, samples: list[dict[str, float]]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from tensorserve.commands import bundles, looks, starts
 from tensorserve.commands.parser import Parser
 from tensorserve.config.tidying import tidy_process
-from tensorserve.errors import ConfigurationError, TensorserveError
+from tensorserve.errors import ConfigurationError, TensorserveError, of_file
 from tensorserve.linux import hide_memory, no_core_files
 from tensorserve.secret import without_secrets
 
@@ -54,8 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (`| head`) has closed; without this the interpreter would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    # A bug ends with its own exit code and a traceback that can be reported.
     except Exception as error:  # noqa: BLE001
+        if (said := of_file(error)) is not None:
+            _complain("\n".join((str(said), *_notes(error))))
+            return said.exit_code
+        # A bug ends with its own exit code and a traceback that can be reported.
         lines = "".join(traceback.format_exception(error))
         print(without_secrets(lines, os.environ), file=sys.stderr, end="", flush=True)
         _complain(

@@ -5,6 +5,7 @@ The exit codes are part of the public interface (docs/exit-codes.md). They follo
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 
@@ -107,3 +108,19 @@ class ConfigurationError(TensorserveError):
     ) -> None:
         super().__init__(message, hint=hint)
         self.problems = problems or (str(self),)
+
+
+def of_file(error: Exception) -> TensorserveError | None:
+    """What the system says of a file, for the user; None for any other error.
+
+    Where a file is expected to be missing or closed, an error says more. This is for all others:
+    a path that the user named is no bug.
+    """
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return None
+    message = f"{os.fsdecode(error.filename)}: {error.strerror}."
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(
+            message, hint=f"Give user {os.geteuid()} access to it, folders above it included."
+        )
+    return ConfigurationError(message, hint="Check the path, and that its volume is mounted.")

@@ -17,7 +17,7 @@ from functools import cache
 FALLOC_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE, linux/falloc.h
 MADV_POPULATE_WRITE = 23  # Linux 5.14, linux/mman.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-PR_SET_DUMPABLE, PR_GET_DUMPABLE, PR_SET_PDEATHSIG = 4, 3, 1  # linux/prctl.h
+PR_SET_DUMPABLE, PR_SET_PDEATHSIG = 4, 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _PAGE = mmap.PAGESIZE
 

@@ -12,7 +12,7 @@ from tensorserve.bundle.manifest import Manifest
 from tensorserve.errors import ConfigurationError, CorruptError
 
 # Values of TENSORSERVE_VERIFY.
-AUTO, HASHES, MANIFEST_ONLY, TAGS_ONLY = WISHES = ("auto", "hashes", "manifest", "tags")
+AUTO, HASHES, MANIFEST_ONLY, TAGS_ONLY = ("auto", "hashes", "manifest", "tags")
 # How a file is authenticated: by a manifest with the key's MAC or the user's pin; by each tensor's
 # own SHA-256 in the file, which says nothing about its author; by the tags of its chunks alone;
 # not at all.
@@ -40,7 +40,7 @@ class Verification:
 def verification_of(
     wish: str, manifest: Manifest | None, name: str, *, encrypted: bool, pinned: bool
 ) -> Verification:
-    """The verification of file `name` in the bundle with `manifest`; `wish` is one of WISHES.
+    """The verification of file `name` in the bundle with `manifest`. `wish` is TENSORSERVE_VERIFY.
 
     An authenticated manifest is used whatever `wish` is. `pinned`: the source can name a version
     of the file, so that all reads are of one version. Without it, a mixture of versions is found

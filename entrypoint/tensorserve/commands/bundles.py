@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from tensorserve.commands.terminal import (
     ByteBar,
-    note,
     read_settings,
     read_settings_with_key,
     stop_cleanly,
@@ -25,7 +24,7 @@ def run_pack(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     options.destination = typed_uri(options.destination, "DEST")
     settings = read_settings(environ)
     with ByteBar("packing") as bar:
-        result = pack_as_asked(options, access_for(settings), bar, services_for(settings, note))
+        result = pack_as_asked(options, access_for(settings), bar, services_for(settings))
     print(result)
     return 0
 
@@ -90,7 +89,7 @@ def run_sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     signer = signer_of(options)
     # It may not be signed yet.
     given = without_trust(read_settings(environ))
-    settings = with_key(given, split_model_uri(uri)[0], note)
+    settings = with_key(given, split_model_uri(uri)[0])
     access, key = access_for(settings), key_for(settings)
     with ByteBar("verifying") as bar:
         signed = sign(
@@ -118,12 +117,12 @@ def run_rewrap(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     uri = typed_uri(options.uri, "URI")
     signer = signer_of(options)
     given = read_settings(environ)
-    settings = with_key(given, uri, note)
+    settings = with_key(given, uri)
     done = rewrap(
         uri,
         access_for(settings),
         key_for(settings),
-        services_for(given, note),
+        services_for(given),
         add=options.add,
         remove=options.remove,
         pin=settings.manifest_sha256,
@@ -152,8 +151,8 @@ def run_rekey(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
     signer = signer_of(options)
     given = read_settings(environ)
-    settings = with_key(given, uri, note)
-    services = services_for(given, note)
+    settings = with_key(given, uri)
+    services = services_for(given)
     recipients = [for_wrapping(text, services) for text in options.wrap]
     with ByteBar("sealing anew") as bar:
         done = rekey(

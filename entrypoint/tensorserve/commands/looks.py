@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorserve.commands.terminal import note, warn
+from tensorserve.commands.terminal import warn
 from tensorserve.config.tidying import has_controls, tidied
 from tensorserve.errors import ConfigurationError
 
@@ -44,15 +44,17 @@ def run_check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.config.settings import Settings
     from tensorserve.launch.completeness import check_files
     from tensorserve.launch.preflight import Passed, check_adapters, run_checks
+    from tensorserve.telemetry.names import Check
 
+    width = max(map(len, Check))
     settings = Settings.from_environment(environ)
     warn(*settings.warnings)
     plan = make_plan(settings, options.arguments)
 
     def report(passed: Passed) -> None:
-        print(f"ok  {passed.name:16} {passed.found}", flush=True)
+        print(f"ok  {passed.name:{width}} {passed.found}", flush=True)
 
-    checked = run_checks(settings, plan, report, note)
+    checked = run_checks(settings, plan, report)
     for passed in check_files(checked.settings, plan, checked):
         report(passed)
     if (found := check_adapters(checked.settings)) is not None:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from tensorserve.config.settings import SourceSettings
 
 
-def note(text: str) -> None:
-    """Print what is worth knowing."""
-    print(f"tensorserve: {text}", file=sys.stderr, flush=True)
-
-
 def warn(*warnings: str) -> None:
     """Print warnings."""
     for warning in warnings:
@@ -40,7 +35,7 @@ def read_settings_with_key(environ: Mapping[str, str], uri: str) -> SourceSettin
     from tensorserve.bundle.location import split_model_uri
     from tensorserve.config.unwrapping import with_key
 
-    return with_key(read_settings(environ), split_model_uri(uri)[0], note)
+    return with_key(read_settings(environ), split_model_uri(uri)[0])
 
 
 def typed_uri(text: str, what: str) -> str:

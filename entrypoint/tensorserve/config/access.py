@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tensorserve.bundle.keys import GivenKey, ModelKey, parse_passphrase
 from tensorserve.config.settings import Settings, SourceSettings
 from tensorserve.errors import TensorserveError
@@ -25,15 +23,14 @@ def access_for(settings: SourceSettings) -> Access:
     )
 
 
-def services_for(settings: SourceSettings, say: Callable[[str], None] = lambda _: None) -> Services:
-    """Addresses and credentials of key services. `say`: called when one has to be waited for."""
+def services_for(settings: SourceSettings) -> Services:
+    """Addresses and credentials of key services."""
     return Services(
         vault=settings.vault,
         s3=settings.s3,
         azure=settings.azure,
         cdh_url=settings.cdh_url,
         policy=access_for(settings).policy,
-        say=say,
     )
 
 

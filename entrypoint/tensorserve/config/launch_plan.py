@@ -34,7 +34,7 @@ _MODULES, _RANK = "lora-modules", "max-lora-rank"
 # vLLM's server stays up when its engine has died (vllm/entrypoints/launchers/launcher.py).
 _KEPT_ALIVE = "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"
 # As `vllm serve --middleware` wants it: engine/api_key.py.
-MIDDLEWARE = "tensorserve.engine.api_key.RequireKey"
+API_KEY_MIDDLEWARE = "tensorserve.engine.api_key.RequireKey"
 # As parts of a variable's name.
 _SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS", "HEADER"})
 
@@ -124,7 +124,7 @@ def make_plan(settings: Settings, arguments: tuple[str, ...] = ()) -> LaunchPlan
     if any(name == "api-key" for name, _ in secret_flags):
         _refuse_unguarded_doors(merged, dict(environment))
         # vLLM calls the last one first.
-        merged = merged.adding(Argument("middleware", (MIDDLEWARE,)))
+        merged = merged.adding(Argument("middleware", (API_KEY_MIDDLEWARE,)))
     probed_at = health_url(merged.value, lambda name: bool(merged.switch(name)), host, port)
     if probed_at.startswith(TLS) and _is_on(dict(environment).get(_KEPT_ALIVE, "")):
         raise ConfigurationError(

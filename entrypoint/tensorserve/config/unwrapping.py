@@ -7,7 +7,6 @@ memory, handed over as secrets are.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,17 +24,14 @@ from tensorserve.wrapping.unwrap import Unwrapped, unwrap_key
 Given = TypeVar("Given", bound=SourceSettings)
 
 
-def with_key(
-    settings: Given, bundle_uri: str, say: Callable[[str], None] = lambda _: None
-) -> Given:
+def with_key(settings: Given, bundle_uri: str) -> Given:
     """`settings` with the key of the bundle at `bundle_uri`, if it is by reference.
 
     Where the settings ask for a signature, it is checked first, before any service is asked.
     Without a key, a passphrase and a reference, the manifest may name a service that is set up
-    here; else the settings are given back as they are. `say` is called when a service has to be
-    waited for. Raises WrongKeyError where the key is not wrapped for this reference or has another
-    fingerprint, CorruptError where the manifest has no wrapped keys, ConfigurationError, and the
-    signature's, the providers' and the sources' errors.
+    here; else the settings are given back as they are. Raises WrongKeyError where the key is not
+    wrapped for this reference or has another fingerprint, CorruptError where the manifest has no
+    wrapped keys, ConfigurationError, and the signature's, the providers' and the sources' errors.
     """
     settings = with_signature(settings, bundle_uri)
     if settings.key is not None:
@@ -50,7 +46,7 @@ def with_key(
         if settings.key_uri is not None:
             raise _nothing_wrapped(settings.key_uri, name, manifest)
         return settings
-    unwrapped = _unwrap(settings, manifest, found, name, say)
+    unwrapped = _unwrap(settings, manifest, found, name)
     _check_fingerprint(settings, unwrapped.key.reveal(), unwrapped.by)
     # The credentials have done their work.
     return replace(settings, key=unwrapped.key, vault=VaultAccess())
@@ -69,11 +65,7 @@ def _read(settings: SourceSettings, bundle_uri: str) -> Manifest | None:
 
 
 def _unwrap(
-    settings: SourceSettings,
-    manifest: Manifest,
-    found: WrappedKeys,
-    name: str,
-    say: Callable[[str], None],
+    settings: SourceSettings, manifest: Manifest, found: WrappedKeys, name: str
 ) -> Unwrapped:
     assert manifest.parameters is not None
     given = settings.key_uri
@@ -81,7 +73,7 @@ def _unwrap(
         found.recipients,
         found.binding(manifest.parameters.salt),
         None if given is None else Reference.parse(given, "TENSORSERVE_KEY_URI"),
-        services_for(settings, say),
+        services_for(settings),
         name,
     )
     pinned = settings.manifest_sha256 or settings.key_fingerprint

@@ -19,10 +19,12 @@ from tensorserve.sources.ssrf_guard import host_and_port
 from tensorserve.wrapping.base import CDH_URL
 from tensorserve.wrapping.providers import parse_reference
 
+PREFIX = "TENSORSERVE_"
 COMPILING = "compiling"
 """The value of TENSORSERVE_COMPILED that `tensorserve precompile` gives to the engine it starts."""
 
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Few enough digits for int(), which refuses more than 4,300 in its own words.
 _WHOLE = re.compile(r"[0-9]{1,18}")
 
@@ -323,6 +325,26 @@ def loopback_url(value: str, name: str) -> str:
 
 def names(value: str, _name: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[,\s]+", value) if part)
+
+
+def hosts(value: str, name: str) -> tuple[str, ...]:
+    return tuple(parse_host(word, name) for word in names(value, name))
+
+
+def variable_names(value: str, name: str) -> tuple[str, ...]:
+    found = names(value, name)
+    for word in found:
+        if not _VARIABLE.fullmatch(word):
+            raise ConfigurationError(
+                f"{name}: {_short(word)} is not the name of a variable.",
+                hint=f"Names alone, not values: {name}=LMCACHE_CONFIG_FILE,OTEL_SERVICE_NAME.",
+            )
+        if word.startswith(PREFIX):
+            raise ConfigurationError(
+                f"{name}: {_short(word)} is tensorserve's own, and vLLM does not read it.",
+                hint=f"Leave it out. Flags of vLLM are {PREFIX}VLLM_<FLAG>.",
+            )
+    return found
 
 
 def jwt_file(value: str, name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from tensorserve.config import value_parsers as parse
 from tensorserve.wrapping.base import CDH_URL, VaultAccess
 
-PREFIX = "TENSORSERVE_"
+PREFIX = parse.PREFIX
 HANDOFF_VARIABLE = "TENSORSERVE_INTERNAL_HANDOFF"
 """Names the memory that a start hands over (launch/handoff.py). Not for users."""
 
@@ -266,7 +266,7 @@ VARIABLES: tuple[Variable, ...] = (
         "size, at least 1MiB", shown_default="1GiB",
     ),
     Variable(
-        "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", parse.names, (),
+        "TENSORSERVE_ALLOWED_HOSTS", "allowed_hosts", parse.hosts, (),
         "Link-local or metadata hosts that a URI may name all the same.", "names, comma-separated",
         shown_default="none",
     ),
@@ -316,7 +316,7 @@ VARIABLES: tuple[Variable, ...] = (
         shown_default="`/run/tensorserve`, else a private directory in `/tmp`",
     ),
     Variable(
-        "TENSORSERVE_PASS_ENV", "pass_env", parse.names, (),
+        "TENSORSERVE_PASS_ENV", "pass_env", parse.variable_names, (),
         "Further variables that vLLM may see; by default it gets an allow-list.",
         "names, comma-separated", shown_default="none",
     ),

@@ -110,7 +110,7 @@ def llm_kwargs(
     ranks = plan.options.parallel.ranks
     gpus = visible_gpus(given)
     check_device(gpus, ranks)
-    read = with_key(read, plan.bundle_uri, _inform)
+    read = with_key(read, plan.bundle_uri)
     weights = check_source(read, plan)
     draft = draft_from(speculative_config or {})
     if draft is not None and draft.packed:
@@ -194,7 +194,7 @@ def own_start(
     tidy_process()
     settings = Settings.from_environment(environ)
     plan = replace(make_plan(settings, ("--tensor-parallel-size", str(ranks))), engine=())
-    settings = with_key(settings, plan.bundle_uri, _inform)
+    settings = with_key(settings, plan.bundle_uri)
     weights = check_weights(settings, plan)
     bundle, manifest = local_bundle(settings.model_uri), weights.manifest
     own = bundle is not None and os.path.realpath(model) == os.path.realpath(bundle)
@@ -226,10 +226,6 @@ def _is_packed_in(bundle: str, draft: str, manifest: Manifest | None) -> bool:
     if name is None:
         return False
     return os.path.realpath(draft) == os.path.realpath(Path(bundle, draft_file(name, "")))
-
-
-def _inform(text: str) -> None:
-    logging.getLogger(__name__).info("%s", text)
 
 
 def _warn(weights: Weights) -> None:

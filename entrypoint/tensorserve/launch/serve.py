@@ -18,7 +18,7 @@ from tensorserve.bounded_json import read_json
 from tensorserve.config.draft_model import with_draft
 from tensorserve.config.launch_plan import LaunchPlan, wants_adapters, with_adapters
 from tensorserve.config.variables import HANDOFF_VARIABLE
-from tensorserve.errors import ConfigurationError, TensorserveError
+from tensorserve.errors import ConfigurationError, TensorserveError, of_file
 from tensorserve.launch import handoff
 from tensorserve.launch.compiled_cache import bring_compiled
 from tensorserve.launch.completeness import check_complete
@@ -70,6 +70,10 @@ def serve(environ: Mapping[str, str], arguments: tuple[str, ...]) -> NoReturn:
     except TensorserveError as error:
         log.emit(StartFailed.by(error))
         raise
+    except OSError as error:
+        if (said := of_file(error)) is not None:
+            log.emit(StartFailed.by(said))
+        raise
 
 
 def _prepare(start: Start, log: EventLog) -> Program:
@@ -77,7 +81,7 @@ def _prepare(start: Start, log: EventLog) -> Program:
     settings, plan = start.settings, start.plan
     log.emit(PhaseChanged(Phase.PREFLIGHT, Edge.BEGIN))
     checked = run_checks(
-        settings, plan, lambda passed: log.emit(CheckPassed(passed.name, passed.found)), _note
+        settings, plan, lambda passed: log.emit(CheckPassed(passed.name, passed.found))
     )
     settings, weights = checked.settings, checked.weights
     log.emit(VerificationKnown(weights.verification))

@@ -38,8 +38,7 @@ _WRITERS = {"s3": "s3_upload", "gs": "gcs_upload", "az": "azure_upload"}
 class Destination(ABC):
     """A bundle under construction: `create` its files, then `commit` or `discard`.
 
-    A `with` block does the latter: commits at its end, discards on any error, KeyboardInterrupt
-    included.
+    A `with` block commits at its end, and discards on any error, KeyboardInterrupt included.
     """
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tensorserve.errors import ConfigurationError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_URL = re.compile(r"([a-z][a-z0-9+.-]*):/", re.IGNORECASE)
 # Neither pickles nor weights of other frameworks.
 _DOWNLOADED = (
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken"),
@@ -24,6 +25,11 @@ def model_directory(source: Path, *, code: bool = False) -> tuple[Path, str]:
     HF_HUB_OFFLINE is set. `code` downloads Python files as well. Raises ConfigurationError if the
     model is in neither.
     """
+    if (url := _URL.match(str(source))) and not source.exists():
+        raise ConfigurationError(
+            f"SRC is a URL ({url[1]}:). A model is packed from a directory, or from the hub.",
+            hint="Give organisation/model for a model of the hub; download any other one.",
+        )
     if source.exists() or not _NAME.fullmatch(str(source)):
         directory = source if source.is_dir() else source.parent
         # The name as typed: the model may be named by a symbolic link to its directory.

@@ -103,7 +103,7 @@ def precompile(
         environment, words = job_environment(environ, arguments, uri, work)
         settings = Settings.from_environment(environment)
         plan = make_plan(settings, words)
-        settings = with_key(settings, plan.bundle_uri, say)
+        settings = with_key(settings, plan.bundle_uri)
         signing_key = None
         if sign_key is not None:
             signing_key = SigningKey.parse(read_secret(sign_key, f"The signing key {sign_key}"))

@@ -107,14 +107,15 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise ValueError(f"it has more than {_MAX_INDEX} bytes")
-        owner = read_json(path.read_bytes().decode())["weight_map"]
+        index = read_json(path.read_bytes().decode())
+        owner = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(owner, dict):
+            raise ValueError("it has no weight_map")
         for tensor, name in owner.items():
             if not isinstance(name, str):
-                raise ValueError(f"tensor {tensor!r} is in {name!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptError(
-            f"{path} is not a weight index: {error!r}.", hint=DAMAGED_HINT
-        ) from error
+                raise ValueError(f"it says that tensor {tensor!r} is in {name!r}")
+    except ValueError as error:
+        raise CorruptError(f"{path} is not a weight index: {error}.", hint=DAMAGED_HINT) from error
     assert isinstance(owner, dict)
     return owner
 

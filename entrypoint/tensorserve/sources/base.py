@@ -52,6 +52,8 @@ class Source(ABC):
     """
     transport: str = "file"
     """What brings the bytes, for log and metrics: `file`, `libcurl` or `urllib3`."""
+    library: str = ""
+    """The same with its version, and that of what does TLS for it; empty for a file."""
 
     @abstractmethod
     def read_parts(self, offset: int, parts: Filling) -> None:

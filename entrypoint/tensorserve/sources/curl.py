@@ -103,6 +103,7 @@ class Curl(NamedTuple):
     load_default: Any
     store_of: Any
     version: str
+    """For people: "libcurl 7.88.1 with OpenSSL 3.0.19"."""
 
 
 _FUNCTIONS = (
@@ -170,7 +171,7 @@ def _loaded() -> Curl | None:
         load,
         default,
         store_of,
-        version.partition(" ")[0].replace("/", " "),
+        " with ".join(part.replace("/", " ") for part in version.split()[:2]),
     )
 
 

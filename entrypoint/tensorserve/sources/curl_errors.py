@@ -21,6 +21,9 @@ _RESET = re.compile(r"reset by peer|broken pipe|errno 104|errno 32", re.IGNORECA
 _OTHER_NAME = re.compile(
     r"no alternative certificate subject name matches target (\S+ ?\w*) '(.*)'"
 )
+# libcurl 7 and 8: "SSL certificate problem: certificate has expired",
+# "SSL certificate OpenSSL verify result: certificate has expired (10)".
+_NOT_TRUSTED = re.compile(r"SSL certificate (?:problem|OpenSSL verify result): (.*?)(?: \(\d+\))?")
 
 
 class End(IntEnum):
@@ -93,6 +96,7 @@ def _why(message: str) -> str:
     """In the words of Python's ssl, which people know and search for."""
     found = _OTHER_NAME.search(message)
     if found is None:
-        return message.removeprefix("SSL certificate problem: ")
+        told = _NOT_TRUSTED.fullmatch(message)
+        return message if told is None else told[1]
     what = "IP address" if ":" in found[2] or found[2].replace(".", "").isdecimal() else "Hostname"
     return f"{what} mismatch, certificate is not valid for '{found[2]}'"

@@ -56,6 +56,7 @@ class CurlTransport:
         they come; for each connection, which is used by one thread at a time.
         """
         self.counts = counter is not None
+        self.library = found.version
         self._counter = counter
         self._curl = found
         self._access = access

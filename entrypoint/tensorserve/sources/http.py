@@ -108,6 +108,7 @@ class HttpSource(Source):
             access, ca_bundle, proxies or ProxyRule(), self.name, self._observer
         )
         self.transport = self._transport.name
+        self.library = self._transport.library
         self._keeps_redirects = keeps_redirects
         self._moved_to: str | None = None
         self.size = -1

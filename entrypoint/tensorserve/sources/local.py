@@ -24,6 +24,8 @@ from tensorserve.sources.base import (
 )
 from tensorserve.sources.scatter_read import Filling
 
+_LOST_AND_FOUND = "lost+found"
+
 
 class LocalSource(Source):
     """One file. Its identity is checked at every read: a file that changes is not a version."""
@@ -118,23 +120,36 @@ def list_directory(root: Path) -> dict[str, int]:
     Raises NotFoundError, CorruptError for a link that leads out of `root`, PermissionDeniedError or
     SourceUnavailableError.
     """
-    if not root.is_dir():
-        raise NotFoundError(
-            f"{root} is not a directory.", hint="Check the path, and that the volume is mounted."
-        )
-    real_root = root.resolve()
     found: dict[str, int] = {}
-    for directory, directories, files in os.walk(root, onerror=_cannot_list):
-        for name in [*directories, *files]:
-            path = Path(directory, name)
-            # Links inside the directory are allowed: a Kubernetes secret or config map has them.
-            if not path.resolve().is_relative_to(real_root):
-                raise CorruptError(
-                    f"{path} is a link that leads out of the bundle.", hint="Copy the file instead."
-                )
-            if path.is_file():
-                found[str(path.relative_to(root))] = path.stat().st_size
+    try:
+        if not root.is_dir():
+            raise NotFoundError(
+                f"{root} is not a directory.",
+                hint="Check the path, and that the volume is mounted.",
+            )
+        real_root = os.path.realpath(root)
+        for directory, directories, files in os.walk(root, onerror=_cannot_list):
+            if directory == str(root) and _is_unreadable_lost_and_found(root / _LOST_AND_FOUND):
+                directories.remove(_LOST_AND_FOUND)
+            for name in [*directories, *files]:
+                path = Path(directory, name)
+                # Links inside the directory are allowed: a Kubernetes secret or config map has
+                # them. Not Path.resolve, which raises RuntimeError for a link to itself.
+                if not Path(os.path.realpath(path)).is_relative_to(real_root):
+                    raise CorruptError(
+                        f"{path} is a link that leads out of the bundle.",
+                        hint="Copy the file instead.",
+                    )
+                if path.is_file():
+                    found[str(path.relative_to(root))] = path.stat().st_size
+    except OSError as error:
+        _cannot_list(error)
     return found
+
+
+def _is_unreadable_lost_and_found(path: Path) -> bool:
+    """An ext4 volume has it at its root, for its own files; only root can read it."""
+    return path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
 
 
 def _cannot_list(error: OSError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from tensorserve.sources.tuning import DEFAULTS
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 509})
 """Statuses of an HTTP answer after which the same request is sent again."""
+
+
+_log = logging.getLogger("tensorserve.sources")
 
 
 class TryAgain(Exception):
@@ -77,6 +81,14 @@ class Attempts:
                 "TENSORSERVE_FETCH_DEADLINE sets the seconds without progress.",
             ) from cause
         self._observer.retry(cause.reason)
+        if waited >= DEFAULTS.told_after and _turns.take():
+            _log.warning(
+                "tensorserve: waiting for %s: %s; asked again until there was no progress for "
+                "%.0f s (TENSORSERVE_FETCH_DEADLINE).",
+                self._name,
+                cause.message,
+                policy.deadline,
+            )
         # The pause is shortened, so that the last attempt is at the deadline.
         time.sleep(min(self._pause(cause.after), left))
 
@@ -86,6 +98,24 @@ class Attempts:
             return backoff
         # A server that keeps sending `Retry-After: 0` gets the back-off all the same.
         return asked if self._failures <= DEFAULTS.unpaused_failures else max(asked, backoff)
+
+
+class _Turns:
+    """Not each of many requests that wait for one server says so, and none too often."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def take(self) -> bool:
+        """Whether it is time to say so again."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + DEFAULTS.told_every
+        return True
+
+
+_turns = _Turns()
 
 
 def full_jitter(failures: int, policy: RetryPolicy) -> float:

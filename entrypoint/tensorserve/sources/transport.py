@@ -74,6 +74,8 @@ class Transport(Protocol):
 
     name: str
     """Of the way, for log and metrics."""
+    library: str
+    """The same for people, with versions: its own, and that of what does TLS for it."""
     counts: bool
     """Whether it counts received bytes as they come, so that `received` does not."""
 

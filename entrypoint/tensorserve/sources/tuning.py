@@ -40,6 +40,10 @@ class Tuning:
     """A server may ask for a pause, but not for a longer one at a time. Guess."""
     unpaused_failures: int = 3
     """After so many failures in a row a pause is made although the server asked for none. Guess."""
+    told_after: float = 3.0
+    """After so long without progress the log says what is waited for. Guess."""
+    told_every: float = 30.0
+    """And that again, at most so often in a process. Guess."""
 
 
 DEFAULTS = Tuning()

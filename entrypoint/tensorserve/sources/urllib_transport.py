@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
+from importlib.metadata import version
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -31,6 +33,8 @@ class UrllibTransport:
 
     def __init__(self, access: Access, ca_bundle: str | None, rule: ProxyRule, source: str) -> None:
         """`source`: the source's name, for messages."""
+        openssl = " ".join(ssl.OPENSSL_VERSION.split()[:2])
+        self.library = f"urllib3 {version('urllib3')} with {openssl}"
         self._policy = access.policy
         self._pools = Pools(access, ca_bundle, rule)
         self._source = source

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -88,8 +87,6 @@ class Services:
     cdh_url: str = CDH_URL
     """The Confidential Data Hub of this guest, on this machine."""
     policy: RetryPolicy = field(default_factory=RetryPolicy)
-    say: Callable[[str], None] = lambda _: None
-    """Called with one sentence when a service has to be waited for."""
 
 
 @dataclass(frozen=True)

@@ -40,17 +40,9 @@ class ServiceKey(Provider):
         Raises SourceUnavailableError at the deadline (TENSORSERVE_FETCH_DEADLINE), and what else
         `ask` raises.
         """
-        name, services = self.named(key), self.services
-        attempts = Attempts(services.policy, Unobserved(), name)
-        told = False
+        attempts = Attempts(self.services.policy, Unobserved(), self.named(key))
         while True:
             try:
                 return ask()
             except TryAgain as cause:
-                if not told:
-                    told = True
-                    services.say(
-                        f"waiting for {name}: {cause.message} "
-                        f"(up to {services.policy.deadline:.0f} s, TENSORSERVE_FETCH_DEADLINE)"
-                    )
                 attempts.failed(cause)

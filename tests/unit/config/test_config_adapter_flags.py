@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from tensorserve.config.adapter_flags import MIDDLEWARE
-from tensorserve.config.launch_plan import MIDDLEWARE as REQUIRE_KEY
-from tensorserve.config.launch_plan import LaunchPlan, describe, make_plan, with_adapters
+from tensorserve.config.launch_plan import (
+    API_KEY_MIDDLEWARE,
+    LaunchPlan,
+    describe,
+    make_plan,
+    with_adapters,
+)
 from tensorserve.config.settings import Settings
 from tensorserve.errors import ConfigurationError
 
@@ -71,7 +76,7 @@ def test_the_api_key_is_asked_for_first() -> None:
     """vLLM calls the last middleware first."""
     plan = plan_of(TENSORSERVE_VLLM_API_KEY="secret-of-the-api")
     given = [word for word in plan.argv if word.startswith("--middleware")]
-    assert given == [f"--middleware={MIDDLEWARE}", f"--middleware={REQUIRE_KEY}"]
+    assert given == [f"--middleware={MIDDLEWARE}", f"--middleware={API_KEY_MIDDLEWARE}"]
 
 
 def test_one_api_server_where_vllm_would_start_several() -> None:

@@ -77,6 +77,21 @@ def test_a_wrong_uri_is_refused_without_its_credentials(name: str, value: str) -
     assert "nary" not in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ALLOWED_HOSTS", "a, http://metadata.example", "not the name or address of a host"),
+        ("ALLOWED_HOSTS", "169.254.169.254:80", "not the name or address of a host"),
+        ("PASS_ENV", "A, B=1", "'B=1' is not the name of a variable"),
+        ("PASS_ENV", "$HOME", "is not the name of a variable"),
+        ("PASS_ENV", "TENSORSERVE_KEY", "tensorserve's own"),
+    ],
+)
+def test_lists_of_names_have_names_alone(name: str, value: str, said: str) -> None:
+    """What could never match is a mistake; a key never goes to vLLM."""
+    assert said in only_problem(URI | {f"TENSORSERVE_{name}": value})
+
+
 def test_a_secret_and_its_file_exclude_each_other(tmp_path: Path) -> None:
     """Which of two values would win is never guessed."""
     file = tmp_path / "key"

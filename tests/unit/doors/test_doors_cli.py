@@ -79,6 +79,32 @@ def test_a_mistake_of_ours_ends_with_70(
     assert "Traceback" in said
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/models/x"), 77, "Give user"),
+        (OSError(40, "Too many levels of symbolic links", b"/models/x"), 78, "Check the path"),
+        (OSError(9, "Bad file descriptor"), 70, "please report it"),
+        (OSError(9, "Bad file descriptor", 5), 70, "please report it"),
+    ],
+    ids=["not allowed", "another reason", "of no file", "of a descriptor"],
+)
+def test_what_the_system_says_of_a_file_is_no_bug(
+    error: OSError, code: int, said: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Where nothing of ours expected it."""
+
+    def refused(*_: object) -> int:
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", refused)
+    assert main(["plan"]) == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("Traceback" in printed) == (code == 70)
+
+
 # Nothing of the environment in a traceback -------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tensorserve.config.launch_plan import MIDDLEWARE, make_plan
+from tensorserve.config.launch_plan import API_KEY_MIDDLEWARE, make_plan
 from tensorserve.config.settings import Settings
 from tensorserve.engine.api_key import OPEN_PATHS, RequireKey
 from tensorserve.errors import ConfigurationError
@@ -174,11 +174,11 @@ def test_the_plan_adds_the_guard_after_the_users_own_middleware() -> None:
     key = {"TENSORSERVE_VLLM_API_KEY": KEY}
     with_key = make_plan(Settings.from_environment(URI | own | key)).argv
     given = [word for word in with_key if word.startswith("--middleware")]
-    assert given == ["--middleware=their.Own", f"--middleware={MIDDLEWARE}"]
+    assert given == ["--middleware=their.Own", f"--middleware={API_KEY_MIDDLEWARE}"]
     arguments = ("--middleware", "their.Other", "--api-key", KEY)
     from_arguments = make_plan(Settings.from_environment(URI), arguments).argv
-    assert from_arguments[-2:] == ("--middleware=their.Other", f"--middleware={MIDDLEWARE}")
-    assert MIDDLEWARE not in " ".join(make_plan(Settings.from_environment(URI | own)).argv)
+    assert from_arguments[-2:] == ("--middleware=their.Other", f"--middleware={API_KEY_MIDDLEWARE}")
+    assert API_KEY_MIDDLEWARE not in " ".join(make_plan(Settings.from_environment(URI | own)).argv)
 
 
 @pytest.mark.parametrize(

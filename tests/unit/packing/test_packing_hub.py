@@ -193,3 +193,10 @@ def test_a_hubs_address_that_is_none_is_said(tmp_path: Path, endpoint: str) -> N
     )
     assert run.returncode == 78, run.stderr
     assert run.stderr.count("tensorserve: error: HF_ENDPOINT=") == 1
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/tests/tiny", "s3://bucket/model"])
+def test_a_url_is_no_model_to_pack(url: str) -> None:
+    """78; a path has lost one of its slashes by then."""
+    with pytest.raises(ConfigurationError, match="SRC is a URL"):
+        model_directory(Path(url))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tensorserve.errors import ConfigurationError, CorruptError, PermissionDeniedError
+from tensorserve.errors import (
+    ConfigurationError,
+    CorruptError,
+    PermissionDeniedError,
+    SourceUnavailableError,
+)
 from tensorserve.sources import Access, NotFoundError, join, list_names, open_source
 
 ACCESS = Access()
@@ -177,3 +183,53 @@ def test_a_directory_link_that_leads_out_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bundle" / "sub").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptError, match="leads out"):
         list_names(str(tmp_path / "bundle"), ACCESS)
+
+
+def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
+    """As one that leads nowhere is."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "file").write_bytes(b"x")
+    assert list_names(str(tmp_path), ACCESS) == {"file": 1}
+
+
+def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To this user, also if it is root."""
+    path.mkdir(mode=0)
+    if os.geteuid() == 0:
+        scandir, access = os.scandir, os.access
+
+        def refused(place: str) -> Iterator[os.DirEntry[str]]:
+            if Path(place) == path:
+                raise PermissionError(13, "Permission denied", place)
+            return scandir(place)
+
+        monkeypatch.setattr(os, "scandir", refused)
+        monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path and access(at, mode))
+
+
+def test_a_volumes_lost_and_found_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ext4 has it at a volume's root, for root alone. Any other folder may hide what is needed."""
+    (tmp_path / "file").write_bytes(b"x")
+    unreadable(tmp_path / "lost+found", monkeypatch)
+    assert list_names(str(tmp_path), ACCESS) == {"file": 1}
+    unreadable(tmp_path / "sub", monkeypatch)
+    with pytest.raises(PermissionDeniedError, match="sub cannot be read"):
+        list_names(str(tmp_path), ACCESS)
+
+
+def test_what_the_system_refuses_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is too long; a link that only its owner may follow."""
+    with pytest.raises(SourceUnavailableError, match="too long"):
+        list_names(str(tmp_path / ("a" * 300)), ACCESS)
+    (tmp_path / "link").symlink_to("file")
+    refusal = PermissionError(13, "Permission denied", str(tmp_path / "link"))
+
+    def refused(_: object) -> str:
+        raise refusal
+
+    monkeypatch.setattr(os, "readlink", refused)
+    with pytest.raises(PermissionDeniedError, match="link cannot be read"):
+        list_names(str(tmp_path), ACCESS)

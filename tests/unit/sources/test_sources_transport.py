@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import threading
@@ -19,6 +20,7 @@ from rangeserver import Fault, RangeServer
 from tensorserve.errors import ConfigurationError, SourceUnavailableError
 from tensorserve.sources import Access, RetryPolicy, open_source
 from tensorserve.sources.curl import curl
+from tensorserve.sources.curl_errors import as_told
 from tensorserve.sources.curl_transport import CurlTransport
 from tensorserve.sources.proxies import ProxyRule
 from tensorserve.sources.retry import TryAgain
@@ -346,6 +348,22 @@ def test_a_private_ca_is_not_trusted_where_it_is_not(make: Make, ca: PrivateCA) 
         assert not server.requests
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "SSL certificate problem: certificate has expired",  # libcurl 7
+        "SSL certificate OpenSSL verify result: certificate has expired (10)",  # libcurl 8
+    ],
+)
+def test_a_refused_certificate_is_said_in_known_words(told: str) -> None:
+    """Those of Python's ssl, whichever libcurl is here."""
+    with pytest.raises(SourceUnavailableError) as raised:
+        as_told(60, told, "a.example", "the source")
+    assert raised.value.message == (
+        "the source: TLS with a.example failed: certificate verify failed: certificate has expired."
+    )
+
+
 def test_a_bundle_that_is_none_is_said(make: Make, tmp_path: Path) -> None:
     """Before anything is sent."""
     with pytest.raises(ConfigurationError, match="nowhere"):
@@ -387,6 +405,8 @@ def test_a_source_says_what_brings_its_bytes(
     server.faults = [Fault("reset", after=100_000)]
     source = open_source(f"{server.url}/m", Access(policy=RetryPolicy(backoff_base=0.01)))
     assert source.transport == way
+    # Those of TLS too: where several are installed, or LD_LIBRARY_PATH names one, it tells which.
+    assert re.fullmatch(rf"{way} \d[\d.]+ with OpenSSL 3\.[\d.]+", source.library)
     assert source.read(1, len(DATA) - 1) == DATA[1:]
     assert server.fired["reset"] == 1
     source.close()

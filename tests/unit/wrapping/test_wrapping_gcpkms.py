@@ -103,10 +103,10 @@ def _flipped(text: str) -> str:
 
 
 def test_damage_on_the_way_is_asked_for_again(
-    kms: GoogleKms, monkeypatch: pytest.MonkeyPatch
+    kms: GoogleKms, monkeypatch: pytest.MonkeyPatch, told: list[str]
 ) -> None:
     """CRC32C both ways: the same request again, within the deadline; then 69."""
-    entry, told = wrapped(kms), []
+    entry = wrapped(kms)
 
     def damage_once(answer: dict[str, str]) -> None:
         if len(kms.asked) == 1:
@@ -114,7 +114,7 @@ def test_damage_on_the_way_is_asked_for_again(
 
     kms.asked.clear()
     kms.change = damage_once
-    patient = replace(GIVEN, policy=replace(QUICK, deadline=60.0), say=told.append)
+    patient = replace(GIVEN, policy=replace(QUICK, deadline=60.0))
     assert unwrapped(kms, entry, given=patient) == MODEL_KEY
     assert len(kms.asked) == 2
     assert "CRC32C" in told[0]

@@ -133,11 +133,10 @@ def test_what_a_refusal_means(
         unwrapped(hub, entry)
 
 
-def test_nobody_there_is_69(entry: WrappedKey) -> None:
+def test_nobody_there_is_69(entry: WrappedKey, told: list[str]) -> None:
     """Outside of a confidential guest, after the deadline; a line says what is waited for."""
-    told: list[str] = []
     policy = replace(QUICK, deadline=0.5)
-    services = Services(cdh_url="http://127.0.0.1:9", policy=policy, say=told.append)
+    services = Services(cdh_url="http://127.0.0.1:9", policy=policy)
     reference = Reference.parse(f"kbs:///{RESOURCE}", "the test")
     with pytest.raises(SourceUnavailableError, match=r"no connection to 127\.0\.0\.1:9"):
         unwrap_key([entry], BINDING, reference, services, "manifest.json")

@@ -33,6 +33,7 @@ from tensorserve.wrapping.base import (
 )
 from tensorserve.wrapping.providers import for_unwrapping, for_wrapping, shown
 from tensorserve.wrapping.unwrap import unwrap_key
+from waiting import wait_for
 
 MODEL_KEY = bytes(range(32))
 BINDING = Binding("aa" * 32, fingerprint_of(MODEL_KEY))
@@ -151,26 +152,19 @@ def test_a_service_account_logs_in(bao: OpenBao, tmp_path: Path) -> None:
             unwrapped(given, entry)
 
 
-def test_a_sealed_one_is_waited_for(bao: OpenBao) -> None:
-    """Until the deadline; one sentence says so. Then 69."""
-    entry, told, sealed = wrapped(bao), [], threading.Event()
-    given = replace(services(bao), policy=replace(QUICK, deadline=30.0), say=told.append)
+def test_a_sealed_one_is_waited_for(bao: OpenBao, told: list[str]) -> None:
+    """Until the deadline; the log says so. Then 69."""
+    entry = wrapped(bao)
+    given = replace(services(bao), policy=replace(QUICK, deadline=30.0))
     bao.seal()
     found: list[bytes] = []
-
-    def say(text: str) -> None:
-        told.append(text)
-        sealed.set()
-
-    waiting = threading.Thread(
-        target=lambda: found.append(unwrapped(replace(given, say=say), entry))
-    )
+    waiting = threading.Thread(target=lambda: found.append(unwrapped(given, entry)))
     try:
+        waiting.start()
+        wait_for(lambda: told)
+        assert not found
         with pytest.raises(SourceUnavailableError, match="sealed"):
             unwrapped(services(bao), entry)
-        waiting.start()
-        assert sealed.wait(20)
-        assert not found
     finally:
         bao.unseal()
     waiting.join(30)
@@ -189,11 +183,10 @@ def test_nobody_there_is_69() -> None:
         unwrapped(given, WrappedKey("vault", "transit/models", "vault:v1:AAAA"))
 
 
-def test_a_service_that_is_away_is_waited_for_once() -> None:
+def test_a_service_that_is_away_is_waited_for_once(told: list[str]) -> None:
     """However many recipients a manifest has at it."""
-    told: list[str] = []
     access = VaultAccess(address="http://127.0.0.1:9", token=Secret("t"))
-    given = Services(vault=access, policy=QUICK, say=told.append)
+    given = Services(vault=access, policy=QUICK)
     entries = [WrappedKey("vault", f"transit/k{n}", "vault:v1:AAAA") for n in range(16)]
     with pytest.raises(SourceUnavailableError):
         unwrapped(given, *entries, uri="vault:")

@@ -6,7 +6,6 @@ shows the results, `tensorserve serve` runs the same checks before every start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from tensorserve.config.draft_model import check_draft
@@ -55,16 +54,8 @@ __all__ = [
 ]
 
 
-def run_checks(
-    settings: Settings,
-    plan: LaunchPlan,
-    report: Report = unreported,
-    say: Callable[[str], None] = lambda _: None,
-) -> Checked:
-    """Run every check in order; the first that fails raises its TensorserveError.
-
-    `say` is called when a key service has to be waited for.
-    """
+def run_checks(settings: Settings, plan: LaunchPlan, report: Report = unreported) -> Checked:
+    """Run every check in order; the first that fails raises its TensorserveError."""
     ranks, draft, environment = plan.options.parallel.ranks, plan.options.draft, plan.environment
     report(check_vllm())
     gpus = visible_gpus(dict(environment))
@@ -80,7 +71,7 @@ def run_checks(
     settings = with_signature(settings, plan.bundle_uri)
     if settings.signed_by is not None:
         report(Passed(Check.SIGNATURE, f"by {settings.signed_by}"))
-    given, settings = settings, with_key(settings, plan.bundle_uri, say)
+    given, settings = settings, with_key(settings, plan.bundle_uri)
     if settings.key is not None and given.key is None:
         report(Passed(Check.KEY, f"unwrapped by {settings.key.origin}{_unasked(given)}"))
     weights = check_source(settings, plan, report)

@@ -108,7 +108,8 @@ def check_weights(
         tensors = sum(len(o.index.tensors) for o in opened)
         size = f"{tensors} tensors, {weights.data_bytes / 1e9:.3f} GB"
         shards = f" in {len(opened)} shards" if len(opened) > 1 else ""
-        report(Passed(Check.WEIGHTS, f"{first.source.name}: {size}{shards}"))
+        library = f", read by {first.source.library}" if first.source.library else ""
+        report(Passed(Check.WEIGHTS, f"{first.source.name}: {size}{shards}{library}"))
         if fingerprint is not None:
             report(Passed(Check.LAYOUT, f"vLLM's own, for {fingerprint}"))
         secured = "encrypted, the key opens it" if first.index.encrypted else "not encrypted"
