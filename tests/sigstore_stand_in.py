@@ -74,6 +74,9 @@ class _Answers(Handler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.body())
+        if self.owner.refuses:
+            self.answer(403, {"Content-Type": "application/json"}, b'{"message": "no"}')
+            return
         if self.path == "/api/v2/signingCert":
             bearer = self.headers["Authorization"].removeprefix("Bearer ")
             made = self.owner.certify(bearer, base64.b64decode(asked["certificateSigningRequest"]))
@@ -92,6 +95,8 @@ class Sigstore(HttpServer):
         super().__init__(_Answers)
         self.logged_after = datetime.timedelta(0)
         """How long the log takes: certificates are valid for ten minutes."""
+        self.refuses = False
+        """Whether each request is answered with 403."""
         self._log, self._certificate_log = _Key(), _Key()
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a Sigstore")])

@@ -133,9 +133,10 @@ def rewrap(
     wrapped = wrapped_for(providers, secret, parameters.salt, left)
     made = rewrapped(data, name, key, wrapped)
     sha256 = hashlib.sha256(made).hexdigest()
+    # A module or a service that does not sign leaves the bundle as it is.
+    again = None if signer is None else signer.sign(signed | {MANIFEST: sha256}, uri)
     replace_version(uri, MANIFEST, made, access, version)
-    if signer is not None:
-        again = signer.sign(signed | {MANIFEST: sha256}, uri)
+    if again is not None:
         replace_version(uri, SIGNATURE, again, access, signed_version)
     now = tuple(map(str, wrapped.recipients))
     return Rewrapped(

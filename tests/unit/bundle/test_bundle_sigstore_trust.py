@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import datetime
+import importlib.resources
 import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -236,6 +239,18 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(ConfigurationError, match=r"needs the library `sigstore`") as caught:
         SourceSettings.from_environment(good)
     assert "pip install 'tensorserve[sigstore]'" in str(caught.value)
+
+
+def test_the_public_root_is_one(tmp_path: Path, instance: Sigstore) -> None:
+    """As the library carries it; a private instance's signature is none of the public one."""
+    bundle = packed(tmp_path, instance.signer(tmp_path))
+    stored = importlib.resources.files("sigstore") / "_store"
+    name = quote("https://tuf-repo-cdn.sigstore.dev", safe="")
+    root = (stored / name / "trusted_root.json").read_text()
+    given = asking(instance, tmp_path)
+    given = replace(given, signature_trust_root=Secret(root, "the library"))
+    with pytest.raises(SignatureError, match="of no authority in the trust root"):
+        with_signature(given, str(bundle))
 
 
 def test_the_plan_says_whose_sigstore(tmp_path: Path, instance: Sigstore) -> None:

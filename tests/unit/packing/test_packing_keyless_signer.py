@@ -77,6 +77,10 @@ def test_pack_sign_and_rewrap(
     capsys.readouterr()
     assert tensorserve(["verify", str(bundle)]) == 0
     assert said in capsys.readouterr().out
+    # One that refuses leaves manifest and signature as they are, which fit.
+    instance.refuses = True
+    assert tensorserve(rewrap) == 69
+    assert accepted(bundle, config)
 
 
 def test_an_adapter_and_an_ambient_token(
