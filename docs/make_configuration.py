@@ -133,8 +133,9 @@ machine's), `GOOGLE_CLOUD_QUOTA_PROJECT`, `STORAGE_EMULATOR_HOST`; `AZURE_STORAG
 
 ## Signatures
 
-`TENSORSERVE_SIGNATURE_KEY_FILE` or `TENSORSERVE_SIGNATURE_CERTIFICATES_FILE`: only a bundle that
-was signed is served ([signatures.md](signatures.md)).
+`TENSORSERVE_SIGNATURE_KEY_FILE`, `TENSORSERVE_SIGNATURE_CERTIFICATES_FILE`, or Sigstore's three
+(`TENSORSERVE_SIGNATURE_IDENTITY`, `_ISSUER`, `_TRUST_ROOT_FILE`): only a bundle that was signed is
+served ([signatures.md](signatures.md)).
 
 ## Keys by reference
 

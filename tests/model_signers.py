@@ -24,7 +24,7 @@ from tensorserve.packing.model_signer import ModelSigner
 
 _DAY = datetime.timedelta(days=1)
 _SECONDS = 120.0
-_NO_USAGE = dict.fromkeys(
+NO_USAGE = dict.fromkeys(
     (
         "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
         "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
@@ -88,7 +88,7 @@ class Authority:
             )
         elif usage is not None:
             word = "digital_signature" if usage == "signature" else "key_agreement"
-            builder = builder.add_extension(x509.KeyUsage(**_NO_USAGE | {word: True}), True)
+            builder = builder.add_extension(x509.KeyUsage(**NO_USAGE | {word: True}), True)
         pem = builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
         authority = self
         while authority.above is not None:

@@ -14,11 +14,12 @@ from victims import KEY, make_bundle
 
 from http_server import Handler, HttpServer
 from model_signers import Pair, make_pair
+from sigstore_stand_in import Sigstore
 from tensorserve.bundle.keys import GivenKey
 from tensorserve.bundle.manifest import MANIFEST, SIGNATURE, parse_manifest, rewrapped
 from tensorserve.bundle.verify import describe_file
 from tensorserve.bundle.wrapped_keys import WrappedKeys
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.sources import Access, list_names
 from tensorserve.wrapping.base import WrappedKey, fingerprint_of
 
@@ -60,7 +61,7 @@ def wrap_for_vault(bundle: Path) -> None:
     path.write_bytes(rewrapped(path.read_bytes(), MANIFEST, OWNER, wrapped))
 
 
-def sign_as(signer: ModelSigner, bundle: Path) -> None:
+def sign_as(signer: BundleSigner, bundle: Path) -> None:
     access = Access()
     names = set(list_names(str(bundle), access) or ()) - {SIGNATURE}
     files = {name: describe_file(str(bundle), name, access).sha256 for name in names}
@@ -225,6 +226,19 @@ def test_refused_by_a_start_as_well(tmp_path: Path, bundle: Path, owner: Pair, v
     said = refused(tmp_path, environ(bundle, owner) | asking(vault))
     assert "is not the file that was signed" in said
     assert vault.seen == []
+
+
+def test_sigstores_signer_comes_before_the_key(bundle: Path, tmp_path: Path, vault: Any) -> None:
+    """An attacker has an account too, and Sigstore signs for him: Vault is asked for the owner."""
+    with Sigstore() as instance:
+        asked = {"TENSORSERVE_MODEL_URI": str(bundle)} | instance.settings(tmp_path) | asking(vault)
+        for identity in ("attacker@example.org", None):
+            code, said = command("verify", asked, str(bundle))
+            assert (code, vault.seen) == (65, []), said
+            assert ("signed with a key" if identity else "do not match") in said
+            sign_as(instance.signer(tmp_path, identity or instance.identity), bundle)
+    code, said = command("verify", asked, str(bundle))
+    assert (code, vault.seen) == (77, ["/v1/transit/decrypt/models"]), said
 
 
 def test_weights_of_the_same_size_are_refused_as_they_are_read(bundle: Path, owner: Pair) -> None:

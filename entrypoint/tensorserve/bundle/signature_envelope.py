@@ -32,7 +32,9 @@ class Envelope:
     key_hint: str | None
     """The fingerprint of the public key, where it was signed with a key alone."""
     certificates: tuple[bytes, ...]
-    """DER; the signer's first. Empty where it was signed with a key alone."""
+    """DER; the signer's first. Empty where it was signed with a key alone, or keyless."""
+    keyless: bytes | None = None
+    """The whole file, where Sigstore's keyless signing made it: for its own library."""
 
     @property
     def signed(self) -> bytes:
@@ -52,12 +54,14 @@ class Envelope:
         if len(signatures) != 1:
             raise ValueError(f"it has {len(signatures)} signatures, not one")
         material = JsonFields(document.get("verificationMaterial"), "its verificationMaterial")
-        hint, certificates = _material(material)
+        keyless = "certificate" in material.content
+        hint, certificates = (None, ()) if keyless else _material(material)
         return cls(
             payload=_bytes(dsse, "payload"),
             signature=_bytes(JsonFields(signatures[0], "its signature"), "sig"),
             key_hint=hint,
             certificates=certificates,
+            keyless=data if keyless else None,
         )
 
 
@@ -94,11 +98,6 @@ def signed_bytes(payload: bytes) -> bytes:
 
 def _material(material: JsonFields) -> tuple[str | None, tuple[bytes, ...]]:
     """(hint of the key, certificates); one of them is there."""
-    if "certificate" in material.content:
-        raise ValueError(
-            "it was made with Sigstore's keyless signing, which only `model_signing verify "
-            "sigstore` checks"
-        )
     if "x509CertificateChain" in material.content:
         chain = JsonFields(material.get("x509CertificateChain"), "its x509CertificateChain")
         certificates = chain.items("certificates")

@@ -1,6 +1,7 @@
 """Whose signatures of a bundle are accepted?
 
-Those of given public keys, or of who has a certificate below given ones.
+Those of given public keys, or of who has a certificate below given ones. (Sigstore's identities:
+sigstore_trust.py.)
 
 The verdicts are those of `model_signing verify key` and `model_signing verify certificate` (1.1.1),
 but for two things: signatures over the encoding of its releases before 1.0 are refused, and there
@@ -46,6 +47,11 @@ class Trust(Protocol):
     origin: str
     """Where that was said, for messages."""
 
+    @property
+    def shown(self) -> str:
+        """Whose signature is asked for, for `plan`."""
+        ...
+
     def signer(self, envelope: Envelope) -> SignedBy:
         """Who made the signature. Raises ValueError unless it is valid and that one is accepted."""
         ...
@@ -70,6 +76,7 @@ class TrustedKeys:
 
     def signer(self, envelope: Envelope) -> SignedBy:
         """See Trust."""
+        _refuse_keyless(envelope, f"{self.origin} asks for a key")
         for key in self._keys:
             if key.verifies(envelope.signature, envelope.signed):
                 return SignedBy(KEY, key.fingerprint)
@@ -113,6 +120,7 @@ class TrustedCertificates:
         """See Trust."""
         from cryptography import x509
 
+        _refuse_keyless(envelope, f"{self.origin} asks for a certificate of its own authorities")
         if not envelope.certificates:
             raise ValueError(
                 f"it was signed with a key alone, and {self.origin} asks for a certificate"
@@ -174,6 +182,14 @@ def subject_of(certificate: x509.Certificate) -> str:
     """Its subject on one line (RFC 4514), without control characters and of bounded length."""
     text = certificate.subject.rfc4514_string()
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:200] or "no name"
+
+
+def _refuse_keyless(envelope: Envelope, wanted: str) -> None:
+    if envelope.keyless is not None:
+        raise ValueError(
+            f"it was made with Sigstore's keyless signing, and {wanted} "
+            "(TENSORSERVE_SIGNATURE_IDENTITY is for Sigstore's)"
+        )
 
 
 def _unreadable() -> tuple[type[Exception], ...]:

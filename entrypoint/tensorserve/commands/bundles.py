@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 
 from tensorserve.commands.terminal import (
     ByteBar,
@@ -80,6 +79,7 @@ def run_verify(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def run_sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from tensorserve.bundle.location import split_model_uri
     from tensorserve.config.access import access_for, key_for
+    from tensorserve.config.signature import without_trust
     from tensorserve.config.unwrapping import with_key
     from tensorserve.packing.options import signer_of
     from tensorserve.packing.sign import sign
@@ -88,7 +88,7 @@ def run_sign(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     uri = typed_uri(options.uri, "URI")
     signer = signer_of(options)
     # It may not be signed yet.
-    given = replace(read_settings(environ), signature_key=None, signature_certificates=None)
+    given = without_trust(read_settings(environ))
     settings = with_key(given, split_model_uri(uri)[0])
     access, key = access_for(settings), key_for(settings)
     with ByteBar("verifying") as bar:

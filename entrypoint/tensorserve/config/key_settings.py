@@ -8,6 +8,9 @@ from tensorserve.config.variable_reader import VariableReader
 from tensorserve.errors import ConfigurationError
 from tensorserve.secret import Secret
 
+_IDENTITY = ("signature_identity", "signature_issuer", "signature_trust_root")
+_TRUST = ("signature_key", "signature_certificates", _IDENTITY[0])
+
 
 def check_keys(reader: VariableReader, values: dict[str, Any]) -> None:
     """Check keys and passphrase; replaces keys by their 32 bytes."""
@@ -60,21 +63,42 @@ def _check_public_key(reader: VariableReader, key: Secret) -> None:
 
 
 def _check_trust(reader: VariableReader, values: dict[str, Any]) -> None:
-    from tensorserve.bundle.signature_trust import TrustedCertificates, TrustedKeys
-
-    kinds: dict[str, type[TrustedKeys | TrustedCertificates]] = {
-        "signature_key": TrustedKeys,
-        "signature_certificates": TrustedCertificates,
-    }
-    given = {name: values[name] for name in kinds if values[name] is not None}
+    given = [name for name in _TRUST if values[name] is not None]
     if len(given) > 1:
+        one, other = (f"TENSORSERVE_{name.upper()}" for name in given[:2])
         reader.problem(
-            "Both TENSORSERVE_SIGNATURE_KEY and TENSORSERVE_SIGNATURE_CERTIFICATES are set: a "
-            "bundle has one signature.",
-            "Set one of them. The first may hold several keys.",
+            f"Both {one} and {other} are set: a bundle has one signature.",
+            "Set one of them. TENSORSERVE_SIGNATURE_KEY may hold several keys.",
         )
-    for name, secret in given.items():
+    identity = [values[name] is not None for name in _IDENTITY]
+    if any(identity) and not all(identity):
+        if not reader.problems:  # a file that cannot be read is said already
+            missing = [
+                f"TENSORSERVE_{name.upper()}{'_FILE' * (name == _IDENTITY[-1])}"
+                for name in _IDENTITY
+                if values[name] is None
+            ]
+            reader.problem(
+                f"Sigstore's signatures need {' and '.join(missing)} as well.",
+                "Whoever has an account at any issuer can sign: identity, issuer and trust root "
+                "belong together (docs/signatures.md).",
+            )
+        return
+    for name in given:
         try:
-            kinds[name].parse(secret)
+            _parse_trust(name, values)
         except ConfigurationError as error:
             reader.problems.append(str(error))
+
+
+def _parse_trust(name: str, values: dict[str, Any]) -> None:
+    from tensorserve.bundle.signature_trust import TrustedCertificates, TrustedKeys
+
+    if name == "signature_key":
+        TrustedKeys.parse(values[name])
+    elif name == "signature_certificates":
+        TrustedCertificates.parse(values[name])
+    else:
+        from tensorserve.bundle.sigstore_trust import TrustedIdentity
+
+        TrustedIdentity.parse(*(values[name] for name in _IDENTITY))

@@ -25,6 +25,7 @@ _GUARDS = {
     "TENSORSERVE_MANIFEST_SHA256": "any bundle is served",
     "TENSORSERVE_SIGNATURE_KEY": "the bundle needs no signature",
     "TENSORSERVE_SIGNATURE_CERTIFICATES": "the bundle needs no signature",
+    "TENSORSERVE_SIGNATURE_IDENTITY": "the bundle needs no signature",
     "TENSORSERVE_VERIFY": "auto decides",
     "TENSORSERVE_COMPILED_KEY": "the model's key opens compiled code",
     "TENSORSERVE_COMPILED_SIGNATURE_KEY": "compiled code needs no signature",

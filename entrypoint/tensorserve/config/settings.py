@@ -53,6 +53,11 @@ class SourceSettings:
     """PEM."""
     signature_certificates: Secret | None
     """PEM."""
+    signature_identity: str | None
+    """Of Sigstore's keyless signing; issuer and trust root are there with it."""
+    signature_issuer: str | None
+    signature_trust_root: Secret | None
+    """JSON."""
     allowed_hosts: tuple[str, ...]
     compiled_key: Secret | None
     """32 bytes."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tensorserve.bundle.manifest import MANIFEST
 from tensorserve.bundle.model_signature import ModelSignature, read_signature
-from tensorserve.bundle.signature_trust import TrustedCertificates, TrustedKeys
+from tensorserve.bundle.signature_trust import Trust, TrustedCertificates, TrustedKeys
 from tensorserve.bundle.signed_bundle import ManifestChangedError, check_files, check_manifest
 from tensorserve.config.access import access_for
 from tensorserve.config.settings import SourceSettings
@@ -24,13 +24,27 @@ Given = TypeVar("Given", bound=SourceSettings)
 _REPLACING_SECONDS = 1.0
 
 
-def trust_for(settings: SourceSettings) -> TrustedKeys | TrustedCertificates | None:
+def trust_for(settings: SourceSettings) -> Trust | None:
     """Whose signature the settings ask for; None: no signature is needed."""
     if settings.signature_key is not None:
         return TrustedKeys.parse(settings.signature_key)
     if settings.signature_certificates is not None:
         return TrustedCertificates.parse(settings.signature_certificates)
+    if settings.signature_identity is not None:
+        from tensorserve.bundle.sigstore_trust import TrustedIdentity
+
+        issuer, root = settings.signature_issuer, settings.signature_trust_root
+        assert issuer is not None  # config/key_settings.py
+        assert root is not None
+        return TrustedIdentity.parse(settings.signature_identity, issuer, root)
     return None
+
+
+def without_trust(settings: Given) -> Given:
+    """`settings` that ask for no signature, for a bundle that is about to be signed."""
+    return replace(
+        settings, signature_key=None, signature_certificates=None, signature_identity=None
+    )
 
 
 def with_signature(settings: Given, bundle_uri: str) -> Given:

@@ -187,6 +187,22 @@ VARIABLES: tuple[Variable, ...] = (
         "certificates in PEM", secret=True, shown_default="none: no signature is needed",
     ),
     Variable(
+        "TENSORSERVE_SIGNATURE_IDENTITY", "signature_identity", parse.text, None,
+        "The same for Sigstore's keyless signatures: the signer's identity, as it stands in the "
+        "certificate. Needs the next two and the library `sigstore`, which the images do not have.",
+        "e-mail address or URI", shown_default="none: no signature is needed",
+    ),
+    Variable(
+        "TENSORSERVE_SIGNATURE_ISSUER", "signature_issuer", parse.text, None,
+        "The OIDC issuer that vouched for that identity.", "URL", shown_default="none",
+    ),
+    Variable(
+        "TENSORSERVE_SIGNATURE_TRUST_ROOT", "signature_trust_root", parse.text, None,
+        "Sigstore's trust root, which a start does not fetch (docs/signatures.md has where it "
+        "comes from).",
+        "trusted_root.json", secret=True, shown_default="none",
+    ),
+    Variable(
         "TENSORSERVE_LOADER", "loader", parse.choice("auto", "reference"), "auto",
         "Who makes tensors of what is read: `auto` is our own loader; `reference` is tensorizer's "
         "own reader over the same sources and checks. It is slower, and tells whether our loader "

@@ -1,8 +1,12 @@
-"""How is a bundle signed? OpenSSF model signing, with a key, or a key and its certificates."""
+"""How is a bundle signed? OpenSSF model signing, with a key, or a key and its certificates.
+
+Without a key of one's own: keyless_signer.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +23,7 @@ from tensorserve.bundle.signature_trust import (
     CERTIFICATE,
     KEY,
     SignedBy,
+    Trust,
     TrustedKeys,
     key_of,
     subject_of,
@@ -43,28 +48,18 @@ class SigningKey(Protocol):
         ...
 
 
-class ModelSigner:
-    """Signs with a private key; `certificates` (DER, the signer's first) go into the signature."""
+class BundleSigner(ABC):
+    """Signs bundles."""
 
-    def __init__(self, key: SigningKey, certificates: tuple[bytes, ...] = ()) -> None:
-        """Raises ConfigurationError unless the first certificate is of `key`."""
-        self._key = key
-        self._certificates = certificates
-        self.trust = TrustedKeys((key.public,))
-        """Accepts the signatures of this key, with certificates or without."""
-        self.by = SignedBy(KEY, key.public.fingerprint)
-        if certificates:
-            self.by = _certified(key, certificates[0])
+    @property
+    @abstractmethod
+    def by(self) -> SignedBy:
+        """Who signs. Of a keyless signer, it is known once something was signed."""
 
-    @classmethod
-    def read(cls, key: str | Path, certificates: Path | None) -> ModelSigner:
-        """From PEM files; the key may be a URI of PKCS #11. Raises ConfigurationError."""
-        signing: SigningKey
-        if str(key).startswith(SCHEME):
-            signing = Pkcs11Key(str(key))
-        else:
-            signing = EcSigningKey.parse(read_secret(key, f"The signing key {key}"))
-        return cls(signing, () if certificates is None else _read_certificates(certificates))
+    @property
+    @abstractmethod
+    def trust(self) -> Trust:
+        """Accepts this signer's signatures. Raises ConfigurationError if he is not known yet."""
 
     def sign(self, files: Mapping[str, str], uri: str) -> bytes:
         """The content of `model.sig` for `files` ({name: SHA-256 in hex}) of the bundle at `uri`.
@@ -72,16 +67,13 @@ class ModelSigner:
         Files that signatures leave out (model_signature.IGNORED) are left out here.
         """
         name = redact_uri(uri).partition("?")[0].rstrip("/").rpartition("/")[2] or "model"
-        payload = statement_of({n: d for n, d in files.items() if not is_ignored(n)}, name)
-        material = (
-            certificate_material(self._certificates)
-            if self._certificates
-            else key_material(self._key.public.fingerprint)
+        return self._signed(
+            statement_of({n: d for n, d in files.items() if not is_ignored(n)}, name)
         )
-        made = envelope_text(payload, self._key.sign(signed_bytes(payload)), material)
-        # Read again before it is written: what cannot be read must not replace what can.
-        parse_signature(made, SIGNATURE, self.trust)
-        return made
+
+    @abstractmethod
+    def _signed(self, payload: bytes) -> bytes:
+        """The content of `model.sig`, read again: what cannot be read must not replace what can."""
 
     def sign_bundle(
         self, tensors: Mapping[str, str], small: Iterable[FileEntry], manifest: bytes, uri: str
@@ -93,6 +85,49 @@ class ModelSigner:
             MANIFEST: hashlib.sha256(manifest).hexdigest(),
         }
         return self.sign(files, uri)
+
+
+class ModelSigner(BundleSigner):
+    """Signs with a private key; `certificates` (DER, the signer's first) go into the signature."""
+
+    def __init__(self, key: SigningKey, certificates: tuple[bytes, ...] = ()) -> None:
+        """Raises ConfigurationError unless the first certificate is of `key`."""
+        self._key = key
+        self._certificates = certificates
+        self._trust = TrustedKeys((key.public,))
+        self._by = SignedBy(KEY, key.public.fingerprint)
+        if certificates:
+            self._by = _certified(key, certificates[0])
+
+    @classmethod
+    def read(cls, key: str | Path, certificates: Path | None) -> ModelSigner:
+        """From PEM files; the key may be a URI of PKCS #11. Raises ConfigurationError."""
+        signing: SigningKey
+        if str(key).startswith(SCHEME):
+            signing = Pkcs11Key(str(key))
+        else:
+            signing = EcSigningKey.parse(read_secret(key, f"The signing key {key}"))
+        return cls(signing, () if certificates is None else _read_certificates(certificates))
+
+    @property
+    def by(self) -> SignedBy:
+        """See BundleSigner."""
+        return self._by
+
+    @property
+    def trust(self) -> TrustedKeys:
+        """Accepts the signatures of this key, with certificates or without."""
+        return self._trust
+
+    def _signed(self, payload: bytes) -> bytes:
+        material = (
+            certificate_material(self._certificates)
+            if self._certificates
+            else key_material(self._key.public.fingerprint)
+        )
+        made = envelope_text(payload, self._key.sign(signed_bytes(payload)), material)
+        parse_signature(made, SIGNATURE, self.trust)
+        return made
 
 
 class HashedOutput:

@@ -12,7 +12,7 @@ from tensorserve.errors import UsageError
 if TYPE_CHECKING:
     # Every command imports this file; only `pack` needs these modules.
     from tensorserve.packing.bundle_files import Progress
-    from tensorserve.packing.model_signer import ModelSigner
+    from tensorserve.packing.model_signer import BundleSigner
     from tensorserve.packing.pack_result import PackResult
     from tensorserve.sources import Access
     from tensorserve.wrapping.base import Services
@@ -113,17 +113,44 @@ def add_sign_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the key's certificate, then those above it, to go into the signature",
     )
+    parser.add_argument(
+        "--sign-identity-token",
+        metavar="FILE",
+        help="sign by Sigstore's keyless signing instead, with the OIDC token in this file, or "
+        "`ambient`: the one that the CI job or machine gives (docs/signatures.md)",
+    )
+    parser.add_argument(
+        "--sign-trust-config",
+        metavar="FILE",
+        type=Path,
+        help="a Sigstore instance of one's own: its client trust configuration. Without it, the "
+        "public one signs, and its log shows the identity to everybody",
+    )
 
 
-def signer_of(options: argparse.Namespace) -> ModelSigner | None:
+def signer_of(options: argparse.Namespace) -> BundleSigner | None:
     """Who is to sign. Raises UsageError, and ConfigurationError for files that do not fit."""
-    if options.sign_key is None:
-        if options.sign_certificates is not None:
-            raise UsageError("--sign-certificates without --sign-key.", hint="Add --sign-key.")
-        return None
-    from tensorserve.packing.model_signer import ModelSigner
+    if options.sign_key is None and options.sign_certificates is not None:
+        raise UsageError("--sign-certificates without --sign-key.", hint="Add --sign-key.")
+    if options.sign_identity_token is None:
+        if options.sign_trust_config is not None:
+            raise UsageError(
+                "--sign-trust-config without --sign-identity-token.",
+                hint="Add --sign-identity-token.",
+            )
+        if options.sign_key is None:
+            return None
+        from tensorserve.packing.model_signer import ModelSigner
 
-    return ModelSigner.read(options.sign_key, options.sign_certificates)
+        return ModelSigner.read(options.sign_key, options.sign_certificates)
+    if options.sign_key is not None:
+        raise UsageError(
+            "Both --sign-key and --sign-identity-token are given: a bundle has one signature.",
+            hint="Leave one of them out.",
+        )
+    from tensorserve.packing.keyless_signer import KeylessSigner
+
+    return KeylessSigner.read(options.sign_identity_token, options.sign_trust_config)
 
 
 def pack_as_asked(

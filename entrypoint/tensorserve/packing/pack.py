@@ -48,7 +48,7 @@ from tensorserve.packing.checkpoint import Checkpoint, read_checkpoint
 from tensorserve.packing.destination import open_destination
 from tensorserve.packing.draft_checkpoint import refuse_drafts_alone
 from tensorserve.packing.dtype_conversion import Casting
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.packing.nested_checkpoint import read_nested
 from tensorserve.packing.pack_result import PackResult
 from tensorserve.packing.rank_parameters import engine_parameters
@@ -68,7 +68,7 @@ def pack(
     key: Secret | None = None,
     passphrase: Secret | None = None,
     recipients: Sequence[Provider] = (),
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
     adapters: Mapping[str, Checkpoint] | None = None,
     draft: tuple[str, Checkpoint] | None = None,
     dtype: str | None = None,

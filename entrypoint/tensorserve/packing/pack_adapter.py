@@ -28,7 +28,7 @@ from tensorserve.packing.bundle_files import (
 )
 from tensorserve.packing.destination import open_destination
 from tensorserve.packing.lora import read_adapter
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.packing.pack import refuse_inside
 from tensorserve.packing.small_files import describe_left_out
 from tensorserve.packing.tensor_source import from_checkpoint
@@ -94,7 +94,7 @@ def pack_adapter(
     access: Access,
     key: Secret | None = None,
     passphrase: Secret | None = None,
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,

@@ -45,7 +45,7 @@ from tensorserve.packing.bundle_files import (
     write_tensors,
 )
 from tensorserve.packing.destination import Destination, open_destination, refuse_unwritable
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.packing.recipients import wrapped_for
 from tensorserve.packing.sealed_tensors import from_sealed
 from tensorserve.secret import Secret, redact_uri
@@ -114,7 +114,7 @@ def rekey(
     new: GivenKey,
     *,
     recipients: Sequence[Provider] = (),
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
     overwrite: bool = False,
     pin: str | None = None,
     progress: Progress | None = None,

@@ -29,7 +29,7 @@ from tensorserve.bundle.signature_trust import Trust
 from tensorserve.bundle.signed_bundle import check_manifest
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.packing.destination import refuse_unwritable, replace_version, version_of
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.packing.recipients import without, wrapped_for
 from tensorserve.packing.sign import refuse_signed
 from tensorserve.secret import Secret, redact_uri
@@ -72,7 +72,7 @@ def rewrap(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     pin: str | None = None,
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
     trust: Trust | None = None,
 ) -> Rewrapped:
     """Wraps the `key` of the bundle at `uri` for `add`, and takes `remove` out of its manifest.
@@ -133,9 +133,10 @@ def rewrap(
     wrapped = wrapped_for(providers, secret, parameters.salt, left)
     made = rewrapped(data, name, key, wrapped)
     sha256 = hashlib.sha256(made).hexdigest()
+    # A module or a service that does not sign leaves the bundle as it is.
+    again = None if signer is None else signer.sign(signed | {MANIFEST: sha256}, uri)
     replace_version(uri, MANIFEST, made, access, version)
-    if signer is not None:
-        again = signer.sign(signed | {MANIFEST: sha256}, uri)
+    if again is not None:
         replace_version(uri, SIGNATURE, again, access, signed_version)
     now = tuple(map(str, wrapped.recipients))
     return Rewrapped(

@@ -36,7 +36,7 @@ from tensorserve.bundle.verify_tensors import Progress
 from tensorserve.errors import ConfigurationError, CorruptError, UsageError
 from tensorserve.format import TensorHeader
 from tensorserve.packing.destination import refuse_unwritable, replace_file
-from tensorserve.packing.model_signer import ModelSigner
+from tensorserve.packing.model_signer import BundleSigner
 from tensorserve.secret import redact_uri
 from tensorserve.sources import Access, ForbiddenError, NotFoundError
 from tensorserve.version import __version__
@@ -80,7 +80,7 @@ def sign(
     *,
     wish: str,
     pin: str | None = None,
-    signer: ModelSigner | None = None,
+    signer: BundleSigner | None = None,
 ) -> Signed:
     """Verifies the bundle at `uri` (a directory or s3://bucket/prefix) and writes its manifest.
 
