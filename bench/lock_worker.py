@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,18 @@ def _load(job: Any, opened: Any, progress: Any) -> tuple[int, object]:
 
 def _prefetch(job: Any, opened: Any, progress: Any) -> tuple[int, object]:
     """The same of fetching the file ahead, as it is, into shared memory that holds all of it."""
-    from tensorserve.loading.block_cache import BlockCache
+    from tensorserve.loading.block_cache import PRESENT, BlockCache
     from tensorserve.loading.prefetch import Prefetcher
 
     source, connections = opened.source, job.options.get("connections")
     cache = BlockCache.create(source.size, source.version, 1)
-    Prefetcher(source, cache, source.size, progress, connections).run()
+    fetcher = Prefetcher(source, cache.reopen(), source.size, progress, connections)
+    thread = threading.Thread(target=fetcher.run)
+    thread.start()
+    while any(cache.state(block) != PRESENT for block in range(cache.blocks)):
+        time.sleep(0.01)
+    cache.stop()
+    thread.join()
     return source.size, cache
 
 
