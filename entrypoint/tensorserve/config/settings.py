@@ -141,6 +141,8 @@ class Settings(SourceSettings):
                 text = variable.shown_default or "none"
             elif isinstance(value, bool):
                 text = str(value).lower()
+            elif isinstance(value, float):
+                text = f"{value:g}"
             else:
                 text = ",".join(value) if isinstance(value, tuple) else str(value)
             rows.append((variable.name, text))

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 from tensorserve import sources
 from tensorserve.bundle.adapters import WEIGHTS
-from tensorserve.bundle.keys import ModelKey
 from tensorserve.bundle.manifest import KEY, Manifest, TensorsEntry, read_manifest
 from tensorserve.bundle.model_signature import read_signature
+from tensorserve.bundle.signature_trust import Trust
 from tensorserve.bundle.signed_bundle import check_manifest
 from tensorserve.config.access import access_for, adapters_key_for
 from tensorserve.config.settings import Settings
-from tensorserve.config.signature import trust_for
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.sources import Access, NotFoundError, RetryPolicy
 
@@ -50,9 +49,9 @@ def store_access(settings: Settings) -> Access:
     return replace(access, policy=RetryPolicy(deadline=deadline), connections=_CONNECTIONS)
 
 
-def find_adapter(settings: Settings, name: str, access: Access) -> Found:
+def find_adapter(settings: Settings, name: str, access: Access, trust: Trust | None) -> Found:
     """The adapter `name` in the store of `settings`. Its manifest is authenticated where there is a
-    key; before that, it has to be signed where the model has to be.
+    key; before that, it has to be signed by whom `trust` accepts (config/signature.trust_for).
 
     Raises NotFoundError where there is none, SignatureError and CorruptError for what is not
     signed, not authentic or another adapter, and the errors of the sources and of the key.
@@ -60,7 +59,10 @@ def find_adapter(settings: Settings, name: str, access: Access) -> Found:
     assert settings.adapters_uri is not None
     uri = sources.join(settings.adapters_uri, name)
     key = adapters_key_for(settings)
-    manifest = _manifest(settings, uri, access, key)
+    if trust is None:
+        manifest = read_manifest(uri, access, key)
+    else:
+        manifest = check_manifest(read_signature(uri, access, trust), uri, access, key)
     if manifest is None:
         raise NotFoundError(f"There is no adapter {name} in the store.")
     if key is not None and manifest.authenticated_by != KEY:
@@ -85,12 +87,3 @@ def find_adapter(settings: Settings, name: str, access: Access) -> Found:
             hint="Set TENSORSERVE_ADAPTERS_KEY_FILE.",
         )
     return Found(name, manifest, manifest.tensors_files[WEIGHTS])
-
-
-def _manifest(
-    settings: Settings, uri: str, access: Access, key: ModelKey | None
-) -> Manifest | None:
-    trust = trust_for(settings)
-    if trust is None:
-        return read_manifest(uri, access, key)
-    return check_manifest(read_signature(uri, access, trust), uri, access, key)

@@ -306,6 +306,7 @@ def test_what_is_shown_holds_no_secret() -> None:
     assert "canary" not in shown
     assert KEY not in shown
     assert KEY not in repr(settings)
+    assert dict(settings.shown())["TENSORSERVE_FETCH_DEADLINE"] == "300"
 
 
 def test_every_variable_is_documented() -> None:

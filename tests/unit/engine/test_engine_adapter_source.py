@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model_signers import Pair, make_pair
 from rangeserver import Fault, RangeServer
+from sigstore_stand_in import Sigstore
 from tensorserve.bundle.adapter_fit import BaseModel
 from tensorserve.cli import main as tensorserve
 from tensorserve.config.settings import Settings
@@ -282,6 +283,18 @@ def test_what_is_not_signed_is_refused(
         assert (found.reason, found.status) == ("signature", 400), found.message
         assert str(place.tmp_path) not in found.said
     assert list((place.tmp_path / "found").iterdir()) == []
+
+
+def test_an_identity_signs_adapters_too(place: Place) -> None:
+    """Sigstore's keyless signing: that identity alone."""
+    with Sigstore() as instance:
+        for name, identity in (("sql", instance.identity), ("rude", "mallory@example.com")):
+            instance.signer(place.tmp_path, identity)
+            given = ("--sign-identity-token", str(place.tmp_path / "token"))
+            place.pack(name, *given, "--sign-trust-config", str(place.tmp_path / "config.json"))
+        source = place.source(**instance.settings(place.tmp_path))
+    source.hold(source.find("sql")).release()
+    assert refusal(source, "rude").reason == "signature"
 
 
 def test_one_that_is_not_there_is_no_refusal(place: Place, owner: Pair) -> None:

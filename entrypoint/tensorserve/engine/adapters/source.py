@@ -66,7 +66,8 @@ class AdapterSource:
         """`directory`: emptied, and made the place of what vLLM reads."""
         assert settings.adapters_uri is not None
         self._uri = settings.adapters_uri
-        self._settings = settings if trust_for(settings) is None else with_digests(settings)
+        self._trust = trust_for(settings)
+        self._settings = settings if self._trust is None else with_digests(settings)
         self._base = base
         self._directory = directory
         self._access = store_access(settings)
@@ -77,7 +78,7 @@ class AdapterSource:
     def find(self, name: str) -> Found:
         """The adapter `name`, whose name was checked. Raises AdapterRefused."""
         try:
-            return find_adapter(self._settings, name, self._access)
+            return find_adapter(self._settings, name, self._access, self._trust)
         except TensorserveError as error:
             raise refused(error) from error
 

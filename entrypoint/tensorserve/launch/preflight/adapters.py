@@ -10,6 +10,7 @@ from tensorserve.bundle.adapter_identity import ADAPTER_NAME
 from tensorserve.bundle.manifest import MANIFEST
 from tensorserve.config.access import access_for
 from tensorserve.config.settings import Settings
+from tensorserve.config.signature import trust_for
 from tensorserve.errors import ConfigurationError, CorruptError
 from tensorserve.launch.adapter_store import find_adapter
 from tensorserve.launch.preflight.results import Passed
@@ -31,11 +32,11 @@ def check_adapters(settings: Settings) -> tuple[Passed, tuple[str, ...]] | None:
         return None
     place = redact_uri(settings.adapters_uri)
     names, listed = _names(settings, settings.adapters_uri)
-    access = access_for(settings)
+    access, trust = access_for(settings), trust_for(settings)
     warnings = []
     for name in names[:_MOST_READ]:
         try:
-            find_adapter(settings, name, access)
+            find_adapter(settings, name, access, trust)
         except (CorruptError, ConfigurationError) as error:
             warnings.append(f"adapter {name} would be refused: {error}")
     if not listed and not names:
