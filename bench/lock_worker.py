@@ -104,12 +104,13 @@ def _load(job: Any, opened: Any, progress: Any) -> tuple[int, object]:
 
 def _prefetch(job: Any, opened: Any, progress: Any) -> tuple[int, object]:
     """The same of fetching the file ahead, as it is, into shared memory that holds all of it."""
-    from tensorserve.loading.block_cache import PRESENT, BlockCache
+    from tensorserve.loading.block_cache import BLOCK_BYTES, PRESENT, BlockCache
     from tensorserve.loading.prefetch import Prefetcher
 
     source, connections = opened.source, job.options.get("connections")
     cache = BlockCache.create(source.size, source.version, 1)
-    fetcher = Prefetcher(source, cache.reopen(), source.size, progress, connections)
+    budget = source.size + BLOCK_BYTES
+    fetcher = Prefetcher(source, cache.reopen(), budget, progress, connections)
     thread = threading.Thread(target=fetcher.run)
     thread.start()
     while any(cache.state(block) != PRESENT for block in range(cache.blocks)):
